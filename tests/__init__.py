@@ -1,0 +1,1 @@
+"""The test suite. `make test` runs it; CONTRIBUTING.md says what each rung proves."""
