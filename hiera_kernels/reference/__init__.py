@@ -1,0 +1,5 @@
+"""The specification: every op as a pure function in plain PyTorch."""
+
+from hiera_kernels.reference.token_order import embed_tokens, reroll, reroll_masked, unroll
+
+__all__ = ["embed_tokens", "reroll", "reroll_masked", "unroll"]
