@@ -169,13 +169,11 @@ def _lse(qkv, num_heads, num_windows, q_stride, scale, save_lse):
 def _default_backward(
     grad_out, qkv, out, lse, num_heads, num_windows=1, q_stride=1, scale=None, ties="first", bias_grad=False
 ):
-    """Recomputes the forward; torch.func.vjp, because torch.autograd does not record where ops run below it."""
-
-    def forward(qkv):
-        return reference.mask_unit_attention(qkv, num_heads, num_windows, q_stride, scale, ties)
-
-    _, vjp = torch.func.vjp(forward, qkv)
-    (grad_qkv,) = vjp(grad_out)
+    """Recomputes the forward; deterministic where PyTorch's SDPA is."""
+    with calling.recording():
+        leaf = qkv.detach().requires_grad_()
+        recomputed = reference.mask_unit_attention(leaf, num_heads, num_windows, q_stride, scale, ties)
+        (grad_qkv,) = torch.autograd.grad(recomputed, leaf, grad_out)
     dtype = _accumulator(qkv)
     grad_bias = grad_qkv.sum(dim=(0, 1), dtype=dtype) if bias_grad else qkv.new_empty(0, dtype=dtype)
     return grad_qkv.contiguous(), grad_bias

@@ -14,9 +14,12 @@ PyTorch's dispatcher is the only registry: a kernel that is registered for a dev
 the answer to 1. Nothing is cached in eager code; a compiled graph keeps the answer that it was traced with.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import torch
+from torch._C import DispatchKey, DispatchKeySet
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -24,11 +27,12 @@ from hiera_kernels.reference.attention import TIES
 
 NAMESPACE = "hiera_kernels"
 AUTOCAST_KEYS = ("AutocastCPU", "AutocastCUDA", "AutocastXPU", "AutocastMPS")
+_AUTOGRAD = DispatchKeySet(DispatchKey.AutogradFunctionality) | DispatchKeySet(DispatchKey.AutogradOther)
 
 
 @functools.cache
-def _device_key(device_type: str) -> torch._C.DispatchKeySet:
-    return torch._C.DispatchKeySet(torch._C._dispatch_key_parse(torch._C._dispatch_key_for_device(device_type)))
+def _device_key(device_type: str) -> DispatchKeySet:
+    return DispatchKeySet(torch._C._dispatch_key_parse(torch._C._dispatch_key_for_device(device_type)))
 
 
 def has_kernel(op: str, device_type: str) -> bool:
@@ -63,6 +67,18 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
 def below_autograd():
     """Context in which an op call goes to the device's kernel (or to a dispatch mode): no autograd, no autocast."""
     return torch._C._AutoDispatchBelowAutograd()
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[None]:
+    """Context in which autograd records although an op is being executed, below autograd.
+
+    For default backward kernels, which differentiate the reference. `torch.func.vjp` would do it too, but not under a
+    dispatch mode that looks at storages, as opcheck's does.
+    """
+    excluded = torch._C._dispatch_tls_local_exclude_set() - _AUTOGRAD
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
+        yield
 
 
 def define_autograd(library: torch.library.Library, op: str, function: type, plain) -> None:

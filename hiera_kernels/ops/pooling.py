@@ -82,8 +82,9 @@ def _default(x, stride, ties="first"):
 
 
 def _default_backward(grad_out, x, stride, ties="first"):
-    _, vjp = torch.func.vjp(lambda x: reference.q_pool(x, stride, ties), x)
-    return vjp(grad_out)[0].contiguous()
+    with calling.recording():
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(reference.q_pool(x, stride, ties), x, grad_out)[0].contiguous()
 
 
 @torch.library.register_fake(f"{calling.NAMESPACE}::{NAME}", lib=_library)
