@@ -1,7 +1,7 @@
 """Hiera in plain PyTorch: the reference model. Names and results are those of hiera-transformer 0.1.4.
 
-It is used from a checkout of this repository; the installed package is `hiera_kernels` alone, because the top-level name
-`hiera` belongs to hiera-transformer.
+It is used from a checkout of this repository; the installed package is `hiera_kernels` alone, because the top-level
+name `hiera` belongs to hiera-transformer.
 """
 
 from hiera.block import Head, HieraBlock, MaskUnitAttention, PatchEmbed

@@ -1,7 +1,8 @@
-"""The parts of Hiera: patch embedding, attention inside mask units, pooling, MLP, stochastic depth, layer scale, head.
+"""The parts of Hiera: patch embedding, attention in mask units, pooling, MLP, stochastic depth, layer scale, head.
 
-Source: arXiv 2306.00989; module and parameter names as hiera-transformer 0.1.4, `hiera.py`, and timm's `Mlp`, `DropPath`
-and `LayerScale`. This is the plain version, the one that a faster one is compared with: it says what is computed.
+Source: arXiv 2306.00989; module and parameter names as hiera-transformer 0.1.4, `hiera.py`, and timm's `Mlp`,
+`DropPath` and `LayerScale`. This is the plain version, the one that a faster one is compared with: it says what is
+computed.
 """
 
 from collections.abc import Callable
@@ -32,8 +33,9 @@ class PatchEmbed(nn.Module):
 
         Args:
             x: [B, dim_in, *size].
-            mask: bool [B, 1, *units], True is *keep*; the grid of mask units divides `size`. What is not kept is set to
-                zero *before* the convolution, because kernels overlap and would carry hidden pixels into visible tokens.
+            mask: bool [B, 1, *units], True is *keep*; the grid of mask units divides `size`. What is not kept is set
+                to zero *before* the convolution, because kernels overlap and would carry hidden pixels into visible
+                tokens.
 
         Returns:
             [B, N, dim_out] in row-major spatial order.
@@ -43,6 +45,10 @@ class PatchEmbed(nn.Module):
                 mask = mask.repeat_interleave(x.shape[dim] // mask.shape[dim], dim=dim)
             x = x * mask
         return self.proj(x).flatten(2).transpose(1, 2)
+
+
+# The default where upstream has a lambda: this one can be pickled.
+CLASS_PROBABILITIES = partial(torch.softmax, dim=-1)
 
 
 class Head(nn.Module):
@@ -59,7 +65,7 @@ class Head(nn.Module):
         dim: int,
         num_classes: int,
         dropout_rate: float = 0.0,
-        act_func: Callable[[torch.Tensor], torch.Tensor] = partial(torch.softmax, dim=-1),  # can be pickled
+        act_func: Callable[[torch.Tensor], torch.Tensor] = CLASS_PROBABILITIES,
     ):
         super().__init__()
         self.dropout = nn.Dropout(dropout_rate) if dropout_rate > 0 else nn.Identity()
@@ -114,8 +120,8 @@ class MaskUnitAttention(nn.Module):
             [B, N // q_stride, dim_out], unrolled order.
 
         Equivalent to (K = q_stride * window_size keys in each of W = N // K windows; W = 1 for global attention): per
-        window w and head, `softmax(q @ k.T * scale) @ v` over the tokens `x[:, w::W]`, where q has first been pooled to
-        the maximum over its `q_stride` leading groups.
+        window w and head, `softmax(q @ k.T * scale) @ v` over the tokens `x[:, w::W]`, where q has first been pooled
+        to the maximum over its `q_stride` leading groups.
         """
         B, N, _ = x.shape
         W = N // (self.q_stride * self.window_size) if self.use_mask_unit_attn else 1
@@ -156,8 +162,8 @@ class DropPath(nn.Module):
         drop_prob: Probability of dropping it, 0 to 1.
         scale_by_keep: Divide what is kept by the probability of keeping it.
 
-    Draws as timm's module does (one Bernoulli number per sample, in the dtype of `x`), so that the same generator state
-    drops the same samples. Source: arXiv 1603.09382.
+    Draws as timm's module does (one Bernoulli number per sample, in the dtype of `x`), so that the same generator
+    state drops the same samples. Source: arXiv 1603.09382.
     """
 
     def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True):
@@ -206,7 +212,8 @@ class HieraBlock(nn.Module):
         drop_path: Probability of dropping a branch; see :class:`DropPath`.
         norm_layer: Makes a normalisation of so many channels.
         act_layer: Makes the activation of the MLP.
-        layer_scale: Initial value of a factor per channel on both branches (`ls1.gamma`, `ls2.gamma`), or None for none.
+        layer_scale: Initial value of a factor per channel on both branches (`ls1.gamma`, `ls2.gamma`), or None for
+            none.
         expand_proj: Where the channels double, the shortcut is the max-pooled projection of the normalised input (the
             published models). False: max-pooled and mean-pooled input side by side, without a weight (timm's
             `hiera_small_abswin_256`).

@@ -26,9 +26,9 @@ def read_state_dict(source) -> dict[str, torch.Tensor]:
     """Read a state dict.
 
     Args:
-        source: A path to a file that `torch.save` wrote (read with `weights_only=True`, so it cannot run code) or, if it
-            ends in `.safetensors`, to one of that format; or a mapping. A state dict may lie under the key `model_state`
-            (the published checkpoints), `state_dict` or `model`.
+        source: A path to a file that `torch.save` wrote (read with `weights_only=True`, so it cannot run code) or, if
+            it ends in `.safetensors`, to one of that format; or a mapping. A state dict may lie under the key
+            `model_state` (the published checkpoints), `state_dict` or `model`.
 
     Returns:
         A new dict from parameter name to tensor.
@@ -62,9 +62,9 @@ def from_timm(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         state: State dict of a timm model, e.g. `hiera_small_abswin_256` or `hiera_base_224`.
 
     Returns:
-        The same tensors under this package's names: `head.fc` is `head.projection`, `head.norm` is `norm`, and the window
-        half of the absolute-win embedding, `pos_embed_win`, is `pos_embed_window`. (A model that takes the weights of
-        `hiera_small_abswin_256` is `Hiera(input_size=(256, 256), stages=(1, 2, 11, 2), abs_win=True,
+        The same tensors under this package's names: `head.fc` is `head.projection`, `head.norm` is `norm`, and the
+        window half of the absolute-win embedding, `pos_embed_win`, is `pos_embed_window`. (A model that takes the
+        weights of `hiera_small_abswin_256` is `Hiera(input_size=(256, 256), stages=(1, 2, 11, 2), abs_win=True,
         global_pos_size=(16, 16), layer_scale=1e-5, expand_proj=False)`.)
     """
     names = {"head.fc.": "head.projection.", "head.norm.": "norm.", "pos_embed_win": "pos_embed_window",
@@ -85,18 +85,20 @@ def load_weights(model: nn.Module, source, strict: bool = True, source_size: Seq
     Args:
         model: :class:`hiera.Hiera` or :class:`hiera.MaskedAutoencoderHiera`; it gives the architecture.
         source: See :func:`read_state_dict`. timm's parameter names are recognised and renamed.
-        strict: Every parameter of the model must be in `source` and the other way round, with three exceptions that are
-            meant: an encoder takes a masked autoencoder's weights (its decoder is left out, `norm` and `head` keep their
-            initial values), a masked autoencoder takes an encoder's (what only it has keeps its initial values), and a
-            head for another number of classes keeps its initial values. False tolerates all names, never another shape.
-        source_size: Input size in pixels that `source` was trained for. Needed only where it cannot be guessed: position
-            embeddings whose number differs from the model's are otherwise taken to be of square pictures.
+        strict: Every parameter of the model must be in `source` and the other way round, with three exceptions that
+            are meant: an encoder takes a masked autoencoder's weights (its decoder is left out, `norm` and `head` keep
+            their initial values), a masked autoencoder takes an encoder's (what only it has keeps its initial
+            values), and a head for another number of classes keeps its initial values. False tolerates all names,
+            never another shape.
+        source_size: Input size in pixels that `source` was trained for. Needed only where it cannot be guessed:
+            position embeddings whose number differs from the model's are otherwise taken to be of square pictures.
 
     Returns:
         A :class:`LoadReport`.
 
     Raises:
-        ValueError: listing every parameter that is missing, unexpected, or of another shape. The model is then unchanged.
+        ValueError: listing every parameter that is missing, unexpected, or of another shape. The model is then
+            unchanged.
     """
     state = read_state_dict(source)
     if any(name == "pos_embed_win" or name.startswith("head.fc.") for name in state):

@@ -1,8 +1,8 @@
 """Masked autoencoder pre-training of Hiera: arXiv 2306.00989 section 3, after arXiv 2111.06377.
 
-Names and results are those of hiera-transformer 0.1.4, `hiera_mae.py`. What is different is how: visible and masked tokens
-are addressed by index, with counts that are known beforehand, where upstream uses boolean masks, which wait for the device
-and break a compiled graph.
+Names and results are those of hiera-transformer 0.1.4, `hiera_mae.py`. What is different is how: visible and masked
+tokens are addressed by index, with counts that are known beforehand, where upstream uses boolean masks, which wait
+for the device and break a compiled graph.
 """
 
 import math
@@ -26,8 +26,8 @@ class MaskedAutoencoderHiera(Hiera):
         **kwargs: Everything else that :class:`hiera.Hiera` takes.
 
     Raises:
-        ValueError: for settings that cannot be trained: `mask_unit_size` other than `q_stride ** (len(stages) - 1)`; pixels
-            of a token that are not square; a pooling in time.
+        ValueError: for settings that cannot be trained: `mask_unit_size` other than `q_stride ** (len(stages) - 1)`;
+            pixels of a token that are not square; a pooling in time.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class MaskedAutoencoderHiera(Hiera):
         self.mask_unit_spatial_shape_final = [n // p for n, p in zip(self.mask_unit_size, pooled, strict=True)]
         self.tokens_spatial_shape_final = self._final_grid(self.tokens_spatial_shape)
 
-        # A stage that pools later is brought to the final resolution by a convolution over what will become one token.
+        # A stage that pools later is brought to the final resolution by a convolution over its future token.
         self.multi_scale_fusion_heads = nn.ModuleList()
         for stage, end in enumerate(self.stage_ends[: self.q_pool]):
             kernel = [stride ** (self.q_pool - stage) for stride in self.q_stride]
@@ -99,12 +99,12 @@ class MaskedAutoencoderHiera(Hiera):
 
         Args:
             input_img: [B, in_chans, H, W].
-            mask: bool [B, tokens] at the resolution of the prediction; True is *masked*, the same number in every row.
+            mask: bool [B, tokens] at the resolution of the prediction; True is *masked*, equally many in every row.
             norm: Normalise each token's pixels to mean 0 and (unbiased) variance 1.
             num_masked: That number; without it, it is read from `mask` (one synchronisation).
 
         Returns:
-            [B * num_masked, in_chans * pred_stride ** 2], channels slowest, rows in row-major order of (batch, token).
+            [B * num_masked, in_chans * pred_stride ** 2], channels slowest, rows in row-major order (batch, token).
         """
         s = self.pred_stride
         patches = input_img.unfold(2, s, s).unfold(3, s, s)  # [B, C, h, w, s, s]
@@ -121,7 +121,7 @@ class MaskedAutoencoderHiera(Hiera):
             mask, norm, num_masked: See :meth:`get_pixel_label_2d`.
 
         Returns:
-            [B * num_masked, pred_stride ** 2 * in_chans], channels *fastest*: the published video models were trained so.
+            [B * num_masked, pred_stride ** 2 * in_chans], channels *fastest*: so were the published models trained.
         """
         s = self.pred_stride
         patches = input_vid[:, :, :: self.patch_stride[0]].unfold(3, s, s).unfold(4, s, s)  # [B, C, t, h, w, s, s]
@@ -222,15 +222,17 @@ class MaskedAutoencoderHiera(Hiera):
             x: Pictures [B, in_chans, H, W] or videos [B, in_chans, T, H, W].
             mask_ratio: Fraction of mask units to hide. Source of the defaults: 0.6 for pictures, 0.9 for videos.
             mask: bool [B, units], True is *keep*; instead of a random one.
-            len_keep: Number of units that every row of `mask` keeps. With a random mask it is known. With a given mask
-                and without `len_keep`, it is read here first: one synchronisation, before the encoder runs (under
-                `torch.compile` a graph break in front of the one graph; `fullgraph=True` then needs `len_keep`).
+            len_keep: Number of units that every row of `mask` keeps. With a random mask it is known. With a given
+                mask and without `len_keep`, it is read here first: one synchronisation, before the encoder runs
+                (under `torch.compile` a graph break in front of the one graph; `fullgraph=True` then needs
+                `len_keep`).
 
         Returns:
             (loss, prediction, label, mask): a scalar, two [B * masked tokens, pixels], and the bool [B, units] used.
 
         Raises:
-            ValueError: if the rows of `mask` keep unequal numbers, or it does not fit; see :meth:`hiera.Hiera.forward`.
+            ValueError: if the rows of `mask` keep unequal numbers, or it does not fit; see
+                :meth:`hiera.Hiera.forward`.
         """
         if mask is not None:
             len_keep = self.check_mask(mask, x, len_keep)
@@ -247,12 +249,14 @@ class MaskedAutoencoderHiera(Hiera):
         pooled = [stride**self.q_pool for stride in self.q_stride]
         pixels = [p * s for p, s in zip(pooled, self.patch_stride, strict=True)]
         if (len(pixels) > 1 and pixels[-1] != pixels[-2]) or (len(pixels) == 3 and pooled[0] != 1):
-            raise ValueError(f"a token must predict a square of pixels of one frame; patch_stride={tuple(self.patch_stride)} "
-                             f"with q_stride={tuple(self.q_stride)} and q_pool={self.q_pool} gives {tuple(pixels)}")  # fmt: skip
+            raise ValueError(
+                f"a token must predict a square of pixels of one frame; patch_stride={tuple(self.patch_stride)} with "
+                f"q_stride={tuple(self.q_stride)} and q_pool={self.q_pool} gives {tuple(pixels)}"
+            )
 
 
 def apply_fusion_head(head: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Apply a convolution to each mask unit: [B, units, *unit, C] -> [B, units, *unit', C']; Identity leaves `x` alone."""
+    """Apply a convolution to each mask unit, [B, units, *unit, C] -> [B, units, *unit', C']; Identity does nothing."""
     if isinstance(head, nn.Identity):
         return x
     return head(x.flatten(0, 1).movedim(-1, 1)).movedim(1, -1).unflatten(0, x.shape[:2])

@@ -1,8 +1,8 @@
 """Hiera, the hierarchical vision transformer of arXiv 2306.00989, in plain PyTorch.
 
-Constructor arguments, module and parameter names and outputs are those of hiera-transformer 0.1.4 (`hiera.py`), so its
-checkpoints load with `strict=True`. Added: layer scale, other sizes than trained for, the absolute-win position embedding,
-activation checkpointing, and masks without boolean indexing.
+Constructor arguments, module and parameter names and outputs are those of hiera-transformer 0.1.4 (`hiera.py`), so
+its checkpoints load with `strict=True`. Added: layer scale, other sizes than trained for, the absolute-win position
+embedding, activation checkpointing, and masks without boolean indexing.
 """
 
 import math
@@ -35,7 +35,8 @@ class Hiera(nn.Module):
         stages: Number of blocks in each stage.
         q_pool: Number of stage ends that pool, smaller than the number of stages.
         q_stride: Stride of one pooling, per dimension.
-        mask_unit_size: Size of a mask unit in tokens, per dimension. With masks it must be `q_stride ** (len(stages) - 1)`.
+        mask_unit_size: Size of a mask unit in tokens, per dimension. With masks it must be
+            `q_stride ** (len(stages) - 1)`.
         mask_unit_attn: For each stage, attention inside mask units (True) or global.
         dim_mul, head_mul: Growth of channels and heads from stage to stage.
         patch_kernel, patch_stride, patch_padding: Of the patch embedding.
@@ -55,8 +56,8 @@ class Hiera(nn.Module):
         grad_checkpointing: See :meth:`set_grad_checkpointing`.
 
     Raises:
-        ValueError: for settings that contradict each other, and a size that does not tile into mask units (the message
-            names the nearest sizes that do).
+        ValueError: for settings that contradict each other, and a size that does not tile into mask units (the
+            message names the nearest sizes that do).
 
     `self.config` holds these arguments: `type(model)(**model.config)` builds another one like it.
     """
@@ -130,8 +131,10 @@ class Hiera(nn.Module):
                 if i in pooling_blocks:
                     window_size //= flat_stride
             if windowed and window_size == 0:
-                raise ValueError(f"mask_unit_size={tuple(mask_unit_size)} is pooled away before block {i}, where "
-                                 f"mask_unit_attn={tuple(mask_unit_attn)} wants windows")  # fmt: skip
+                raise ValueError(
+                    f"mask_unit_size={tuple(mask_unit_size)} is pooled away before block {i}, where "
+                    f"mask_unit_attn={tuple(mask_unit_attn)} wants windows"
+                )
             self.blocks.append(
                 HieraBlock(
                     dim=embed_dim,
@@ -163,8 +166,10 @@ class Hiera(nn.Module):
         grid = self.tokens_spatial_shape
         if self.sep_pos_embed:
             if len(grid) != 3 or self.abs_win:
-                raise ValueError(f"sep_pos_embed=True is for 3-D inputs without abs_win; got input_size={self.input_size}, "
-                                 f"abs_win={self.abs_win}")  # fmt: skip
+                raise ValueError(
+                    "sep_pos_embed=True is for 3-D inputs without abs_win; got "
+                    f"input_size={self.input_size}, abs_win={self.abs_win}"
+                )
             self.pos_embed_spatial = nn.Parameter(torch.zeros(1, grid[1] * grid[2], embed_dim))
             self.pos_embed_temporal = nn.Parameter(torch.zeros(1, grid[0], embed_dim))
         elif self.abs_win:
@@ -200,8 +205,8 @@ class Hiera(nn.Module):
         """Tokens per dimension for an input [B, in_chans, *size].
 
         Raises:
-            ValueError: if `x` has another number of dimensions, another size than `input_size` (without `dynamic_size`),
-                or one that does not tile into mask units.
+            ValueError: if `x` has another number of dimensions, another size than `input_size` (without
+                `dynamic_size`), or one that does not tile into mask units.
         """
         dims = len(self.tokens_spatial_shape)
         if x.ndim != dims + 2:
@@ -210,8 +215,10 @@ class Hiera(nn.Module):
         if size == self.input_size:
             return self.tokens_spatial_shape
         if not self.dynamic_size:
-            raise ValueError(f"x has size {size}, the model takes {self.input_size}; build it with input_size={size} (and "
-                             "load_pretrained), or with dynamic_size=True")  # fmt: skip
+            raise ValueError(
+                f"x has size {size}, the model takes {self.input_size}; build it with input_size={size} "
+                "(and load_pretrained), or with dynamic_size=True"
+            )
         grid = token_grid("x's size", size, self.patch_stride, self._pooled_unit)
         self._check_windows("x's size", size, grid)
         return grid
@@ -257,7 +264,8 @@ class Hiera(nn.Module):
         Args:
             x: [B, in_chans, *size].
             mask: bool [B, units], True is *keep*: pixels of the others are zero before the convolution.
-            keep: int64 [B, kept], the kept mask units, ascending; without `mask` it implies one. None keeps all tokens.
+            keep: int64 [B, kept], the kept mask units, ascending; without `mask` it implies one. None keeps all
+                tokens.
 
         Returns:
             [B, N, C] unrolled, or [B, kept * mu_size, C] unrolled over the kept mask units.
@@ -285,15 +293,15 @@ class Hiera(nn.Module):
             x: [B, in_chans, *size] (or a list whose first element that is).
             mask: bool [B, units], True is *keep*; every row keeps the same number. Units in row-major order.
             return_intermediates: Also return the output of each stage.
-            len_keep: Number of units that every row of `mask` keeps. Given, nothing waits for the device, and the whole
-                forward compiles as one graph; the caller vouches for it (checked on the CPU, outside compilation).
-                Without it the number is read from `mask`: one host synchronisation, and under `torch.compile` a graph
-                break, before anything else runs.
+            len_keep: Number of units that every row of `mask` keeps. Given, nothing waits for the device, and the
+                whole forward compiles as one graph; the caller vouches for it (checked on the CPU, outside
+                compilation). Without it the number is read from `mask`: one host synchronisation, and under
+                `torch.compile` a graph break, before anything else runs.
 
         Returns:
             Without a mask [B, num_classes]: logits in training, probabilities in eval mode. With one the tokens
-            [B, N', C] of the last block, unrolled. With `return_intermediates` a tuple with the list of stage outputs:
-            [B, *grid, C], or [B, kept, *unit_size, C] with a mask.
+            [B, N', C] of the last block, unrolled. With `return_intermediates` a tuple with the list of stage
+            outputs: [B, *grid, C], or [B, kept, *unit_size, C] with a mask.
 
         Raises:
             ValueError: for a size or a mask that does not fit; rows that keep unequal numbers; and a mask where
@@ -326,19 +334,21 @@ class Hiera(nn.Module):
         if mask.shape != (x.shape[0], units):
             raise ValueError(f"mask must be [batch, mask units] = {(x.shape[0], units)}, got {tuple(mask.shape)}")
         if len_keep is None:
-            return count_kept(mask)
+            return count_kept(mask)  # torch.compile(fullgraph=True) stops here: give len_keep=
         if not 1 <= len_keep <= units:
             raise ValueError(f"len_keep must be 1 to {units}, got {len_keep}")
-        if mask.device.type == "cpu" and mask.shape[0] and not torch.compiler.is_compiling():
-            if count_kept(mask) != len_keep:
-                raise ValueError(f"len_keep={len_keep}, but the rows of mask keep {count_kept(mask)} mask units")
+        free = mask.device.type == "cpu" and not torch.compiler.is_compiling()  # costs no synchronisation
+        if free and mask.shape[0] and count_kept(mask) != len_keep:
+            raise ValueError(f"len_keep={len_keep}, but the rows of mask keep {count_kept(mask)} mask units")
         return len_keep
 
     def check_mask_units(self) -> None:
         """Raise ValueError where the tokens of a mask unit are not those of its pixels; see :meth:`forward`."""
         if tuple(self.mask_unit_size) != self._pooled_unit:
-            raise ValueError(f"masks need mask_unit_size = q_stride ** (len(stages) - 1) = {self._pooled_unit}, this model "
-                             f"has {tuple(self.mask_unit_size)}: tokens and pixels would be masked in different places")  # fmt: skip
+            raise ValueError(
+                f"masks need mask_unit_size = q_stride ** (len(stages) - 1) = {self._pooled_unit}, this model has "
+                f"{tuple(self.mask_unit_size)}: tokens and pixels would be masked in different places"
+            )
 
     def run_block(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """One block, checkpointed where that is switched on."""

@@ -1,7 +1,7 @@
 """Position embeddings: resizing of learned ones, and the absolute-win embedding.
 
-Sources: arXiv 2306.00989 (learned and separable embeddings); arXiv 2311.05613, "Window attention is bugged" (absolute win);
-timm `hiera.py` for the interpolation it uses (bicubic with antialiasing).
+Sources: arXiv 2306.00989 (learned and separable embeddings); arXiv 2311.05613, "Window attention is bugged" (absolute
+win); timm `hiera.py` for the interpolation it uses (bicubic with antialiasing).
 """
 
 import math
@@ -20,7 +20,8 @@ def resize_grid(grid: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
 
     Returns:
         [1, C, *size] in the dtype of `grid`. Length (1-D): linear. Height and width (2-D): bicubic with antialiasing.
-        Time, height and width (3-D): bicubic frame by frame, then linear in time. `grid` itself where nothing changes.
+        Time, height and width (3-D): bicubic frame by frame, then linear in time. `grid` itself where nothing
+        changes.
     """
     old, size = tuple(grid.shape[2:]), tuple(size)
     if old == size:
@@ -85,8 +86,8 @@ def separable_pos_embed(spatial: torch.Tensor, temporal: torch.Tensor) -> torch.
 def absolute_win_pos_embed(background: torch.Tensor, window: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """The absolute-win embedding: a background for the whole picture plus one window embedding in every mask unit.
 
-    The background may be interpolated to any size without harm, because what depends on the position inside a window is
-    in the window embedding, which is tiled and never interpolated.
+    The background may be interpolated to any size without harm, because what depends on the position inside a window
+    is in the window embedding, which is tiled and never interpolated.
 
     Args:
         background: [1, C, *any], channels first.
@@ -112,8 +113,8 @@ def guess_grid(positions: int, like: Sequence[int], time: int | None = None) -> 
         time: Length of the first dimension for 3-D grids, where known; default `like[0]`.
 
     Returns:
-        `like` itself if it has so many positions, else a square frame (as every published checkpoint has), or None where
-        there is none.
+        `like` itself if it has so many positions, else a square frame (as every published checkpoint has), or None
+        where there is none.
     """
     like = tuple(like)
     if positions == math.prod(like):

@@ -53,8 +53,8 @@ def check_settings(
     dims = len(input_size)
     if not 1 <= dims <= 3:
         raise ValueError(f"input_size must have 1 to 3 lengths, got {tuple(input_size)}")
-    per_dimension = dict(q_stride=q_stride, mask_unit_size=mask_unit_size, patch_kernel=patch_kernel,
-                         patch_stride=patch_stride, patch_padding=patch_padding)  # fmt: skip
+    per_dimension = {"q_stride": q_stride, "mask_unit_size": mask_unit_size, "patch_kernel": patch_kernel,
+                         "patch_stride": patch_stride, "patch_padding": patch_padding}  # fmt: skip
     for name, value in per_dimension.items():
         if len(value) != dims:
             raise ValueError(
@@ -70,8 +70,8 @@ def check_settings(
         # Then, and only then, a length that the stride divides gives length / stride tokens.
         if not 0 <= 2 * padding - kernel + stride < stride:
             raise ValueError(
-                f"patch_kernel={tuple(patch_kernel)} with patch_padding={tuple(patch_padding)} does not give one token per "
-                f"patch_stride={tuple(patch_stride)}: each needs kernel - stride <= 2 * padding < kernel"
+                f"patch_kernel={tuple(patch_kernel)} with patch_padding={tuple(patch_padding)} does not give one token "
+                f"per patch_stride={tuple(patch_stride)}: each needs kernel - stride <= 2 * padding < kernel"
             )
 
 

@@ -1,7 +1,8 @@
 """Token orders: spatial, unrolled, and grouped by mask unit; and which mask units a mask keeps.
 
-Hiera keeps its tokens *unrolled*: every pooling stride of the network is a leading axis of the token dimension, so that
-max-pooling is `x.view(B, stride, -1, C).max(1)` and one mask unit (window) is one index of the last, fastest token axis:
+Hiera keeps its tokens *unrolled*: every pooling stride of the network is a leading axis of the token dimension, so
+that max-pooling is `x.view(B, stride, -1, C).max(1)` and one mask unit (window) is one index of the last, fastest
+token axis:
 
     n = (p * S + s) * W + w      p: pooled position, s: position in the pooled window, w: window
 
@@ -46,7 +47,7 @@ class Unroll(nn.Module):
         size = list(self.size if size is None else size)
         B, N, C = x.shape
         dims, steps = len(size), len(self.schedule)
-        # A coordinate is ((rest * s_last + b_last) * ... ) * s_1 + b_1: per dimension the axes run rest, s_last .. s_1.
+        # A coordinate is ((rest * s_last + b_last) * ... ) * s_1 + b_1: axes per dimension: rest, s_last .. s_1.
         shape = []
         for d, length in enumerate(size):
             strides = [stride[d] for stride in reversed(self.schedule)]
@@ -98,11 +99,11 @@ class Reroll(nn.Module):
             grid = [n * g // full for n, g, full in zip(size, grid, self.size, strict=True)]
         B, N, C = x.shape
         dims, steps = len(grid), len(strides)
-        unit = [math.prod(stride[d] for stride in strides) for d in range(dims)]
+        unit = [math.prod([stride[d] for stride in strides]) for d in range(dims)]
         units = N // math.prod(unit)
 
         # Token axes as they lie: s_1 of every dimension, s_2 of every dimension, ..., then the mask unit.
-        x = x.view(B, *(s for stride in strides for s in stride), units, C)
+        x = x.view(B, *[s for stride in strides for s in stride], units, C)
         # Wanted: the mask unit, then per dimension s_last .. s_1, which is that dimension's position in the unit.
         within = [1 + step * dims + d for d in range(dims) for step in range(steps - 1, -1, -1)]
         x = x.permute(0, 1 + steps * dims, *within, 2 + steps * dims).reshape(B, units, *unit, C)
@@ -123,7 +124,7 @@ def undo_windowing(x: torch.Tensor, shape: Sequence[int], mu_shape: Sequence[int
     Equivalent to (2-D): `x.view(B, uy, ux, my, mx, C).permute(0, 1, 3, 2, 4, 5).reshape(B, uy * my, ux * mx, C)`.
     """
     B, C, dims = x.shape[0], x.shape[-1], len(shape)
-    x = x.view(B, *(s // m for s, m in zip(shape, mu_shape, strict=True)), *mu_shape, C)
+    x = x.view(B, *[s // m for s, m in zip(shape, mu_shape, strict=True)], *mu_shape, C)
     order = [axis for d in range(dims) for axis in (1 + d, 1 + dims + d)]
     return x.permute(0, *order, 1 + 2 * dims).reshape(B, *shape, C)
 

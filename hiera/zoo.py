@@ -1,8 +1,8 @@
 """The published Hiera variants, for pictures and videos, plain and as masked autoencoders, and a mini one for tests.
 
-Every function takes `pretrained=False`, `checkpoint=<the default>`, `strict=True` and any argument of the model's class,
-as hiera-transformer's do. `pretrained=True` downloads the published weights (their licence is CC-BY-NC 4.0, which is not
-this repository's) through `torch.hub`.
+Every function takes `pretrained=False`, `checkpoint=<the default>`, `strict=True` and any argument of the model's
+class, as hiera-transformer's do. `pretrained=True` downloads the published weights (their licence is CC-BY-NC 4.0,
+which is not this repository's) through `torch.hub`.
 """
 
 import difflib
@@ -16,26 +16,26 @@ from hiera.model import Hiera
 
 URL = "https://dl.fbaipublicfiles.com/hiera/"
 
-TINY = dict(embed_dim=96, num_heads=1, stages=(1, 2, 7, 2))
-SMALL = dict(embed_dim=96, num_heads=1, stages=(1, 2, 11, 2))
-BASE = dict(embed_dim=96, num_heads=1, stages=(2, 3, 16, 3))
-BASE_PLUS = dict(embed_dim=112, num_heads=2, stages=(2, 3, 16, 3))
-LARGE = dict(embed_dim=144, num_heads=2, stages=(2, 6, 36, 4))
-HUGE = dict(embed_dim=256, num_heads=4, stages=(2, 6, 36, 4))
-VIDEO = dict(
-    num_classes=400,  # Kinetics-400
-    input_size=(16, 224, 224),
-    q_stride=(1, 2, 2),
-    mask_unit_size=(1, 8, 8),
-    patch_kernel=(3, 7, 7),
-    patch_stride=(2, 4, 4),
-    patch_padding=(1, 3, 3),
-    sep_pos_embed=True,
-)
-MAE = dict(q_pool=2)  # the decoder predicts at the resolution of stage 3
-# 32 x 32 tokens in 16 mask units of 8 x 8; the autoencoder has 2.5 million parameters.
-MINI = dict(input_size=(128, 128), embed_dim=32, num_heads=1, stages=(1, 1, 4, 1))
-MINI_DECODER = dict(decoder_embed_dim=128, decoder_depth=2, decoder_num_heads=4)
+TINY = {"embed_dim": 96, "num_heads": 1, "stages": (1, 2, 7, 2)}
+SMALL = {"embed_dim": 96, "num_heads": 1, "stages": (1, 2, 11, 2)}
+BASE = {"embed_dim": 96, "num_heads": 1, "stages": (2, 3, 16, 3)}
+BASE_PLUS = {"embed_dim": 112, "num_heads": 2, "stages": (2, 3, 16, 3)}
+LARGE = {"embed_dim": 144, "num_heads": 2, "stages": (2, 6, 36, 4)}
+HUGE = {"embed_dim": 256, "num_heads": 4, "stages": (2, 6, 36, 4)}
+VIDEO = {
+    "num_classes": 400,  # Kinetics-400
+    "input_size": (16, 224, 224),
+    "q_stride": (1, 2, 2),
+    "mask_unit_size": (1, 8, 8),
+    "patch_kernel": (3, 7, 7),
+    "patch_stride": (2, 4, 4),
+    "patch_padding": (1, 3, 3),
+    "sep_pos_embed": True,
+}
+MAE = {"q_pool": 2}  # the decoder predicts at the resolution of stage 3
+# 32 x 32 tokens in 16 mask units of 8 x 8; the autoencoder has 2.3 million parameters.
+MINI = {"input_size": (128, 128), "embed_dim": 32, "num_heads": 1, "stages": (1, 1, 4, 1)}
+MINI_DECODER = {"decoder_embed_dim": 128, "decoder_depth": 2, "decoder_num_heads": 4}
 
 
 def _variant(name: str, model_class: type, settings: dict, checkpoints: dict[str, str] | None) -> Callable[..., Hiera]:
@@ -58,7 +58,7 @@ def _variant(name: str, model_class: type, settings: dict, checkpoints: dict[str
     build.__doc__ = f"""{model_class.__name__} with the settings of {name}.
 
     Args:
-        pretrained: Download and load published weights: {", ".join(checkpoints) if checkpoints else "there are none"}.
+        pretrained: Download and load published weights: {", ".join(checkpoints) if checkpoints else "none"}.
         checkpoint: Which of them.
         strict: See :func:`hiera.checkpoint_loading.load_weights`.
         **kwargs: Any argument of :class:`hiera.{model_class.__name__}`, instead of the variant's own.

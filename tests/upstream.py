@@ -1,8 +1,8 @@
 """The real hiera-transformer and timm, as oracles for the tests.
 
 hiera-transformer 0.1.4 installs a top-level package named `hiera`, which is what this repository's reference model is
-called too. So it lives in a directory of its own, `.upstream/` (`make test` puts it there), and is loaded from it under
-the name `hiera_upstream`; nothing here touches `hiera`.
+called too. So it lives in a directory of its own, `.upstream/` (`make test` puts it there), and is loaded from it
+under the name `hiera_upstream`; nothing here touches `hiera`.
 
     from tests.upstream import import_timm, load_upstream
 
@@ -26,16 +26,18 @@ PACKAGE = Path(__file__).resolve().parent.parent / ".upstream" / "hiera"
 def torchvision_without_operators():
     """Let `import torchvision` succeed beside a CPU-only torch.
 
-    PyPI's torchvision is built for CUDA; beside a CPU-only torch its C++ operators do not load, and the import then fails
-    where it attaches fake kernels to them (`operator torchvision::nms does not exist`). Inside this context those
-    registrations, and only those, are passed over. timm, and through it hiera-transformer, need nothing but the import.
+    PyPI's torchvision is built for CUDA; beside a CPU-only torch its C++ operators do not load, and the import then
+    fails where it attaches fake kernels to them (`operator torchvision::nms does not exist`). Inside this context
+    those registrations, and only those, are passed over. timm, and through it hiera-transformer, need nothing but the
+    import.
     """
     register_fake = torch.library.register_fake
 
     def tolerant(op, *args, **kwargs):
         if isinstance(op, str) and op.startswith("torchvision::") and not _operator_exists(op):
             return lambda function: function
-        # The registration notes the module that asks for it by walking this many frames up: one more, for this function.
+        # The registration notes the module that asks for it by walking this many frames up: one more, for this
+        # function.
         return register_fake(op, *args, **{**kwargs, "_stacklevel": kwargs.get("_stacklevel", 1) + 1})
 
     torch.library.register_fake = tolerant
@@ -56,14 +58,15 @@ def import_timm():
 def load_upstream():
     """hiera-transformer as the module `hiera_upstream`, the same object at every call.
 
-    Raises FileNotFoundError where `.upstream/` is missing: a parity test without its oracle must fail, not pass or skip.
+    Raises FileNotFoundError where `.upstream/` is missing: a parity test without its oracle must fail, not pass or
+    skip.
     """
     if ALIAS in sys.modules:
         return sys.modules[ALIAS]
     if not (PACKAGE / "__init__.py").is_file():
         raise FileNotFoundError(
-            f"{PACKAGE} does not hold hiera-transformer, which these tests compare with. `make test` installs it; by hand: "
-            "pip install --no-deps --target .upstream hiera-transformer==0.1.4"
+            f"{PACKAGE} does not hold hiera-transformer, which these tests compare with. `make test` installs "
+            "it; by hand: pip install --no-deps --target .upstream hiera-transformer==0.1.4"
         )
     spec = importlib.util.spec_from_file_location(
         ALIAS, PACKAGE / "__init__.py", submodule_search_locations=[str(PACKAGE)]
@@ -88,8 +91,8 @@ def _operator_exists(name):
 def variant_settings(name):
     """The class and the keyword arguments with which upstream builds the variant `name`, without building it.
 
-    Upstream's own functions take no argument that they set themselves (`stages`, the videos' `input_size`), so reduced
-    variants are built by the class: `cls(**{**settings, "stages": (1, 1, 1, 1)})`.
+    Upstream's own functions take no argument that they set themselves (`stages`, the videos' `input_size`), so
+    reduced variants are built by the class: `cls(**{**settings, "stages": (1, 1, 1, 1)})`.
     """
     package = load_upstream()
     is_mae = name.startswith("mae_")
