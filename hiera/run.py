@@ -45,7 +45,11 @@ class Run:
         settings = {"input_size": config.size, "drop_path_rate": _given_or(config.drop_path, recipe.drop_path)}
         if self.classes:
             settings["num_classes"] = len(self.classes)
-        self.model = hiera.create_model(config.model, **settings)
+        try:
+            self.model = hiera.create_model(config.model, **settings)
+        except ValueError as error:
+            size = "x".join(map(str, config.size))
+            raise ValueError(f"{config.model} cannot take images of {size} pixels: {error}") from error
         self.model.to(self.device).train()
         self.optimizer = make_optimizer(
             self.model,

@@ -1,0 +1,31 @@
+"""Folders of made photographs and a small run, shared by the trainer's tests."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from hiera.config import Config
+
+
+def picture(seed: int, height: int = 80, width: int = 110) -> Image.Image:
+    """Smooth coloured blobs: something a network can learn, of odd size and never square."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8))
+    return coarse.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def make_folder(root: Path, count: int = 10, classes: tuple[str, ...] = ("ant", "bee")) -> Path:
+    """`count` pictures, dealt out to class folders, and one file that is no image in the first class."""
+    for i in range(count):
+        folder = root / classes[i % len(classes)]
+        folder.mkdir(parents=True, exist_ok=True)
+        picture(i).save(folder / f"{i:03d}.png")
+    (root / classes[0] / "broken.jpg").write_bytes(b"\xff\xd8\xff not a picture")
+    return root
+
+
+def small_run(data: Path, **options) -> Config:
+    """Mini model at 64 x 96 pixels: about 30 ms a step."""
+    settings = {"model": "hiera_mini_128", "size": (64, 96), "batch": 4, "steps": 6, "lr": 1e-3, "workers": 0}
+    return Config(data=str(data), **(settings | {"progress": False, "device": "cpu"} | options))
