@@ -131,8 +131,7 @@ class MaskUnitAttention(nn.Module):
             # max(dim) and not amax: where several tokens tie, one of them gets the gradient.
             q = q.unflatten(3, (self.q_stride, -1)).max(dim=3).values
         x = F.scaled_dot_product_attention(q, k, v)
-        x = x.transpose(1, 3).reshape(B, -1, self.dim_out)
-        return self.proj(x)
+        return self.proj(x.transpose(1, 3).flatten(3).flatten(1, 2))
 
 
 class Mlp(nn.Module):

@@ -276,7 +276,7 @@ class Hiera(nn.Module):
             mask = torch.zeros(x.shape[0], math.prod(unit_grid), dtype=torch.bool, device=x.device).scatter(
                 1, keep, True
             )
-        x = self.patch_embed(x, mask=None if mask is None else mask.view(-1, 1, *unit_grid))
+        x = self.patch_embed(x, mask=None if mask is None else mask.view(x.shape[0], 1, *unit_grid))
         x = self.unroll(x + self.get_pos_embed(grid), **self._unless_default(grid))
         return x if keep is None else gather_units(x, keep, math.prod(unit_grid))
 
