@@ -142,4 +142,4 @@ def _fold(x: torch.Tensor, parts: int, num_heads: int, num_windows: int) -> tupl
     length = tokens // num_windows
     x = x.reshape(batch, length, num_windows, width).transpose(1, 2)
     x = x.reshape(batch * num_windows, length, parts, num_heads, width // (parts * num_heads))
-    return x.permute(2, 0, 3, 1, 4).unbind(0)
+    return tuple(part.transpose(1, 2) for part in x.unbind(2))
