@@ -24,8 +24,8 @@ Tensor unroll_cpu(Tensor x, std::vector<int64_t> size, std::vector<int64_t> stri
   const TokenOrder order = checked_order(x, size, strides);
   x = torch::stable::contiguous(x);
   Tensor out = torch::stable::new_empty(x, x.sizes());
-  gather_rows(static_cast<char*>(out.mutable_data_ptr()), static_cast<const char*>(x.const_data_ptr()), order.to_spatial,
-              x.size(0), order.tokens, x.size(2) * x.element_size());
+  move_rows(static_cast<char*>(out.mutable_data_ptr()), static_cast<const char*>(x.const_data_ptr()), order.to_spatial,
+            order.to_unrolled, x.size(0), order.tokens, x.size(2) * x.element_size());
   return out;
 }
 
@@ -33,8 +33,8 @@ Tensor reroll_cpu(Tensor x, std::vector<int64_t> size, std::vector<int64_t> stri
   const TokenOrder order = checked_order(x, size, strides);
   x = torch::stable::contiguous(x);
   Tensor out = torch::stable::new_empty(x, spatial_shape(x.size(0), size, x.size(2)));
-  gather_rows(static_cast<char*>(out.mutable_data_ptr()), static_cast<const char*>(x.const_data_ptr()), order.to_unrolled,
-              x.size(0), order.tokens, x.size(2) * x.element_size());
+  move_rows(static_cast<char*>(out.mutable_data_ptr()), static_cast<const char*>(x.const_data_ptr()), order.to_unrolled,
+            order.to_spatial, x.size(0), order.tokens, x.size(2) * x.element_size());
   return out;
 }
 
