@@ -7,7 +7,6 @@ import types
 import weakref
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import nn
 
 from hiera_kernels.lookalike import Fresh, Probe, difference, other_attributes, settings
@@ -54,8 +53,6 @@ _VERDICTS: "weakref.WeakKeyDictionary[type, dict]" = weakref.WeakKeyDictionary()
 
 def refusal(module: nn.Module, target: Target) -> str | None:
     """Why `module` cannot be swapped as `target`, in words; None if it can."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return "it is a TorchScript module; accelerate the model before scripting it"
     if target.method in vars(module):
         return f"its `{target.method}` was replaced on the instance, which goes before any class"
     cls = stock_class(module)

@@ -32,7 +32,9 @@ class EmbeddingMethod(Target):
 
     def resembles(self, module):
         """The two submodules and the method."""
-        return {"patch_embed", "unroll"} <= module._modules.keys() and hasattr(type(module), self.method)
+        return {"patch_embed", "unroll"} <= {name for name, _ in module.named_children()} and hasattr(
+            type(module), self.method
+        )
 
     def obstacle(self, module):
         """An `unroll` that is not ours to fuse, or no way to ask for grid and position."""
@@ -83,7 +85,9 @@ class EmbeddingInForward(Target):
 
     def resembles(self, module):
         """The submodules, and position by a method."""
-        return {"patch_embed", "unroll", "blocks"} <= module._modules.keys() and hasattr(type(module), "get_pos_embed")
+        return {"patch_embed", "unroll", "blocks"} <= {name for name, _ in module.named_children()} and hasattr(
+            type(module), "get_pos_embed"
+        )
 
     def obstacle(self, module):
         """Parts that are missing, and the masked autoencoder."""

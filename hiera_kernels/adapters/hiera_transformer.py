@@ -28,7 +28,7 @@ class Attention(Target):
 
     def resembles(self, module):
         """Two of its layers and one of its settings, or its name: enough for the report to speak of it."""
-        return {"qkv", "proj"} <= module._modules.keys() and (
+        return {"qkv", "proj"} <= {name for name, _ in module.named_children()} and (
             "q_stride" in vars(module) or type(module).__name__.endswith("MaskUnitAttention")
         )
 
