@@ -38,24 +38,6 @@ Tensor reroll_cpu(Tensor x, std::vector<int64_t> size, std::vector<int64_t> stri
   return out;
 }
 
-// f(P{}, E{}) with the C++ types of the two dtypes, if they are among those that are compiled; see embed_dtypes in ops.
-template <typename F>
-void dispatch_embed(ScalarType patches, ScalarType position, const F& f) {
-  using BF16 = torch::headeronly::BFloat16;
-  using Half = torch::headeronly::Half;
-  if (patches == ScalarType::Float && position == ScalarType::Float) return f(float{}, float{});
-  if (patches == ScalarType::Double && position == ScalarType::Double) return f(double{}, double{});
-  if (patches == ScalarType::BFloat16 && position == ScalarType::Float) return f(BF16{}, float{});
-  if (patches == ScalarType::Half && position == ScalarType::Float) return f(Half{}, float{});
-  if (patches == ScalarType::BFloat16 && position == ScalarType::BFloat16) return f(BF16{}, BF16{});
-  if (patches == ScalarType::Half && position == ScalarType::Half) return f(Half{}, Half{});
-  STD_TORCH_CHECK(false, "embed_tokens has no compiled CPU kernel for these dtypes; hiera_kernels.embed_tokens serves them");
-}
-
-// The dtype of the sum: of two floating dtypes that are compiled together, the second is never the narrower one.
-template <typename P, typename E>
-using Sum = E;
-
 Tensor embed_tokens_cpu(Tensor patches, Tensor position, std::vector<int64_t> size, std::vector<int64_t> strides,
                         std::optional<Tensor> keep) {
   const TokenOrder order = checked_embed(patches, position, size, strides, keep);

@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <array>
 #include <optional>
@@ -108,5 +110,23 @@ inline Tensor empty_position(const Tensor& like, int64_t tokens, int64_t channel
   const std::vector<int64_t> shape = needed ? std::vector<int64_t>{1, tokens, channels} : std::vector<int64_t>{0};
   return torch::stable::new_empty(like, shape, dtype);
 }
+
+// f(P{}, E{}) with the C++ types of the two dtypes, if they are among those that are compiled; see embed_dtypes in ops.
+template <typename F>
+inline void dispatch_embed(ScalarType patches, ScalarType position, const F& f) {
+  using BF16 = torch::headeronly::BFloat16;
+  using Half = torch::headeronly::Half;
+  if (patches == ScalarType::Float && position == ScalarType::Float) return f(float{}, float{});
+  if (patches == ScalarType::Double && position == ScalarType::Double) return f(double{}, double{});
+  if (patches == ScalarType::BFloat16 && position == ScalarType::Float) return f(BF16{}, float{});
+  if (patches == ScalarType::Half && position == ScalarType::Float) return f(Half{}, float{});
+  if (patches == ScalarType::BFloat16 && position == ScalarType::BFloat16) return f(BF16{}, BF16{});
+  if (patches == ScalarType::Half && position == ScalarType::Half) return f(Half{}, Half{});
+  STD_TORCH_CHECK(false, "embed_tokens has no compiled kernel for these dtypes; hiera_kernels.embed_tokens serves them");
+}
+
+// The dtype of the sum: of two floating dtypes that are compiled together, the second is never the narrower one.
+template <typename P, typename E>
+using Sum = E;
 
 }  // namespace hiera_kernels
