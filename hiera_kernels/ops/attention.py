@@ -95,7 +95,8 @@ def mask_unit_attention(
     hiera-transformer 0.1.4.
     """
     _check(qkv, num_heads, num_windows, q_stride, scale, ties)
-    plain = is_disabled() or refusal(qkv, num_heads, num_windows, q_stride) is not None
+    off = is_disabled()
+    plain = off or refusal(qkv, num_heads, num_windows, q_stride) is not None
     if not plain and (dtype := calling.autocast_dtype(qkv)) is not None:
         # Plain operations pool before SDPA casts; to cast first would make ties of queries that are none.
         plain = q_stride > 1
@@ -103,13 +104,13 @@ def mask_unit_attention(
     args = (qkv, num_heads, num_windows, q_stride, scale, ties)
     if torch.compiler.is_compiling():
         return reference.mask_unit_attention(*args) if plain else _OP(*args)[0]
-    if is_disabled() or calling.transformed():
+    if off or calling.transformed():
         with calling.math_attention():
             return reference.mask_unit_attention(*args)
     if plain:
         return reference.mask_unit_attention(*args)
     if torch.is_grad_enabled() and qkv.requires_grad:
-        return _MaskUnitAttention.apply(*args)[0]
+        return _Output.apply(*args)
     with calling.below_autograd():
         return _OP(*args)[0]
 
@@ -119,12 +120,15 @@ def refusal(qkv: torch.Tensor, num_heads: int, num_windows: int = 1, q_stride: i
     device_type = qkv.device.type
     if not calling.has_kernel(NAME, device_type):
         return f"no fused kernel is registered for {device_type}"
+    if calling.is_foreign(qkv):
+        return f"{type(qkv).__name__} knows PyTorch's operations only"
     if qkv.dtype not in KERNEL_DTYPES:
         return f"the fused kernel has no {qkv.dtype}"
-    head_dim = qkv.shape[2] // (3 * num_heads)
+    _, tokens, width = qkv.shape
+    head_dim = width // (3 * num_heads)
     if head_dim % 8 != 0 or head_dim > KERNEL_MAX_HEAD_DIM:
         return f"the head dimension is {head_dim}; the fused kernel takes multiples of 8 up to {KERNEL_MAX_HEAD_DIM}"
-    keys = qkv.shape[1] // num_windows
+    keys = tokens // num_windows
     if keys > KERNEL_MAX_KEYS:
         return f"a window has {keys} keys; beyond {KERNEL_MAX_KEYS}, 4-D scaled_dot_product_attention takes over"
     return None
@@ -209,38 +213,50 @@ def _fake_backward(
 
 
 class _MaskUnitAttention(torch.autograd.Function):
+    """The op with its derivative, both outputs: what a call of torch.ops gets."""
+
     @staticmethod
     def forward(ctx, qkv, num_heads, num_windows=1, q_stride=1, scale=None, ties="first", bias=None, save_lse=False):
         with calling.below_autograd():
             out, lse = _OP(qkv, num_heads, num_windows, q_stride, scale, ties, bias, save_lse)
-        if save_lse:
-            ctx.save_for_backward(qkv, out, lse)
-        else:
-            ctx.save_for_backward(qkv)
+        ctx.save_for_backward(*((qkv, out, lse) if save_lse else (qkv,)))
         ctx.mark_non_differentiable(lse)
-        ctx.set_materialize_grads(False)
-        ctx.sizes = (num_heads, num_windows, q_stride, scale, ties)
+        ctx.arguments = (num_heads, num_windows, q_stride, scale, ties)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return out, lse
 
     @staticmethod
     def backward(ctx, grad_out, _):
-        needs = ctx.needs_input_grad
-        unused = [None] * len(needs)
-        if grad_out is None:
-            return tuple(unused)
-        qkv, out, lse = (*ctx.saved_tensors, None, None)[:3]  # read once: each read calls the saved-tensor hooks
+        needs = ctx.needs_input_grad  # as many as there were arguments: the dispatcher leaves out trailing defaults
         bias_grad = len(needs) > 6 and needs[6]
-        args = (grad_out, qkv, out, lse, *ctx.sizes, bias_grad)
-        if torch.is_grad_enabled():  # create_graph=True: the op's own formula refuses what comes next
-            grad_qkv, grad_bias = _OP_BACKWARD(*args)
-        else:
-            with calling.below_autograd():
-                grad_qkv, grad_bias = _OP_BACKWARD(*args)
-        unused[0] = grad_qkv
-        if bias_grad:
-            unused[6] = grad_bias.to(ctx.bias_dtype)
-        return tuple(unused)
+        grad_qkv, grad_bias = _gradients(ctx, grad_out, bias_grad)
+        grad_bias = grad_bias.to(ctx.bias_dtype) if bias_grad else None
+        return (grad_qkv, None, None, None, None, None, grad_bias, None)[: len(needs)]
+
+
+class _Output(torch.autograd.Function):
+    """The same with `out` alone: what the public function calls; a second output costs 3 us at every call."""
+
+    @staticmethod
+    def forward(ctx, qkv, *arguments):
+        with calling.below_autograd():
+            out, _ = _OP(qkv, *arguments)
+        ctx.save_for_backward(qkv)
+        ctx.arguments = arguments
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        return _gradients(ctx, grad_out, False)[0], None, None, None, None, None
+
+
+def _gradients(ctx, grad_out, bias_grad):
+    saved = ctx.saved_tensors  # read once: every read calls the saved-tensor hooks
+    qkv, out, lse = saved if len(saved) == 3 else (*saved, None, None)
+    if torch.is_grad_enabled() or calling.transformed():  # the backward op's own formula refuses what comes next
+        return _OP_BACKWARD(grad_out, qkv, out, lse, *ctx.arguments, bias_grad)
+    with calling.below_autograd():
+        return _OP_BACKWARD(grad_out, qkv, out, lse, *ctx.arguments, bias_grad)
 
 
 def _plain(qkv, num_heads, num_windows=1, q_stride=1, scale=None, ties="first", bias=None, save_lse=False):
@@ -254,7 +270,7 @@ def _plain(qkv, num_heads, num_windows=1, q_stride=1, scale=None, ties="first", 
 def _autocast(qkv, *args):
     """Casts qkv as SDPA's autocast would; where queries are pooled that is one step early (see the public function)."""
     dtype = calling.autocast_dtype(qkv)
-    with torch.autocast(qkv.device.type, enabled=False):
+    with calling.below_autocast():
         return _OP(qkv if dtype is None else qkv.to(dtype), *args)
 
 

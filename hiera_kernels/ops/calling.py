@@ -22,12 +22,17 @@ import torch
 from torch._C import DispatchKey, DispatchKeySet
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hiera_kernels.reference.attention import TIES
 
 NAMESPACE = "hiera_kernels"
 AUTOCAST_KEYS = ("AutocastCPU", "AutocastCUDA", "AutocastXPU", "AutocastMPS")
 _AUTOGRAD = DispatchKeySet(DispatchKey.AutogradFunctionality) | DispatchKeySet(DispatchKey.AutogradOther)
+_AUTOCAST = functools.reduce(
+    DispatchKeySet.__or__, (DispatchKeySet(getattr(DispatchKey, key)) for key in AUTOCAST_KEYS)
+)
+_BELOW_AUTOGRAD = _AUTOGRAD | _AUTOCAST
 
 
 @functools.cache
@@ -43,6 +48,11 @@ def has_kernel(op: str, device_type: str) -> bool:
 # What torch.compiler.assume_constant_result does, without the second that its import of torch._dynamo takes: Dynamo
 # asks once, while it traces, and does not look inside.
 has_kernel._dynamo_marked_constant = True
+
+
+def is_foreign(x: torch.Tensor) -> bool:
+    """Whether ``x`` wraps other tensors (DTensor, quantised, ...) and so takes PyTorch's own operations only."""
+    return type(x) is not torch.Tensor and is_traceable_wrapper_subclass(x)
 
 
 def transformed() -> bool:
@@ -66,7 +76,12 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
 
 def below_autograd():
     """Context in which an op call goes to the device's kernel (or to a dispatch mode): no autograd, no autocast."""
-    return torch._C._AutoDispatchBelowAutograd()
+    return torch._C._ExcludeDispatchKeyGuard(_BELOW_AUTOGRAD)
+
+
+def below_autocast():
+    """Context in which autocast casts nothing."""
+    return torch._C._ExcludeDispatchKeyGuard(_AUTOCAST)
 
 
 @contextlib.contextmanager

@@ -72,6 +72,8 @@ def refusal(x: torch.Tensor) -> str | None:
     """Why a legal input goes to the reference and not to a fused kernel, in words; None where the kernel takes it."""
     if not calling.has_kernel(NAME, x.device.type):
         return f"no fused kernel is registered for {x.device.type}"
+    if calling.is_foreign(x):
+        return f"{type(x).__name__} knows PyTorch's operations only"
     if x.dtype not in KERNEL_DTYPES:
         return f"the fused kernel has no {x.dtype}"
     return None
@@ -109,7 +111,7 @@ class _QPool(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):
         args = (grad_out, *ctx.saved_tensors, *ctx.sizes)
-        if torch.is_grad_enabled():  # create_graph=True: the op's own formula refuses what comes next
+        if torch.is_grad_enabled() or calling.transformed():  # the backward op's own formula refuses what comes next
             grad_x = _OP_BACKWARD(*args)
         else:
             with calling.below_autograd():
