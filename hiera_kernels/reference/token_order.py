@@ -14,8 +14,8 @@ Strides = Sequence[Sequence[int]]
 def _digit_axes(size: Sequence[int], strides: Strides) -> tuple[list[int], list[int]]:
     """The grid with every coordinate split into its digits, and the axes of that shape in unrolled order.
 
-    Coordinate d is `r_1 + s_1*(r_2 + s_2*(... + s_L*w))`: row-major, w stands first and r_1 last. The unrolled order asks
-    for all r_1 first, then all r_2, ..., and the window coordinates w last. Axis numbers count from 0 without the batch.
+    Coordinate d is `r_1 + s_1*(r_2 + s_2*(... + s_L*w))`: row-major, w stands first and r_1 last. The unrolled order
+    asks for all r_1 first, then all r_2, ..., and the window coordinates w last. Axes count from 0, without the batch.
     """
     dims, steps = len(size), len(strides)
     split = []
@@ -35,7 +35,7 @@ def unroll(x: torch.Tensor, size: Sequence[int], strides: Strides) -> torch.Tens
     split, order = _digit_axes(size, strides)
     b, n, c = x.shape
     x = x.reshape(b, *split, c).permute(0, *(1 + axis for axis in order), len(split) + 1)
-    return x.reshape(b, n, c)
+    return x.reshape(b, n, c).contiguous()
 
 
 def reroll(x: torch.Tensor, size: Sequence[int], strides: Strides) -> torch.Tensor:
@@ -47,7 +47,7 @@ def reroll(x: torch.Tensor, size: Sequence[int], strides: Strides) -> torch.Tens
     b, _, c = x.shape
     back = sorted(range(len(order)), key=order.__getitem__)
     x = x.reshape(b, *(split[axis] for axis in order), c).permute(0, *(1 + axis for axis in back), len(split) + 1)
-    return x.reshape(b, *size, c)
+    return x.reshape(b, *size, c).contiguous()
 
 
 def reroll_masked(x: torch.Tensor, strides: Strides) -> torch.Tensor:
