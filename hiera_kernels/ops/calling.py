@@ -42,6 +42,8 @@ def _device_key(device_type: str) -> DispatchKeySet:
 
 def has_kernel(op: str, device_type: str) -> bool:
     """Whether ``torch.ops.hiera_kernels.<op>`` has a kernel of its own for the device, not just the default one."""
+    if device_type == "meta":  # the fake kernel stands there; a tensor without data has nothing to gain from any other
+        return False
     return torch._C._dispatch_has_kernel_for_any_dispatch_key(f"{NAMESPACE}::{op}", _device_key(device_type))
 
 
