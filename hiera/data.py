@@ -9,6 +9,7 @@ Video: a clip reader takes the place of `ImageFolder`; the stream knows indices 
 centred crop in place of `random_crop`, and a plain sequential sampler.
 """
 
+import functools
 import math
 import os
 import signal
@@ -260,6 +261,11 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
 
     Equivalent to: `(images / 255 - MEAN) / STD` per channel.
     """
-    mean = images.new_tensor(MEAN, dtype=torch.float32)[:, None, None]
-    std = images.new_tensor(STD, dtype=torch.float32)[:, None, None]
+    mean, std = _statistics(images.device)
     return (images.float() / 255 - mean) / std
+
+
+@functools.cache
+def _statistics(device: torch.device) -> torch.Tensor:
+    # Made once per device: each copy of Python numbers to a GPU would make the host wait for it.
+    return torch.tensor([MEAN, STD], device=device)[:, :, None, None]

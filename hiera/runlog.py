@@ -27,7 +27,7 @@ class RunLog:
     so that the file has every step once. Numbers that JSON cannot hold (NaN, infinities) are written as null.
 
     Args:
-        path: JSONL file, appended to; None for no file.
+        path: JSONL file; begun anew by a run that starts at step 0; None for no file.
         steps: length of the bar.
         start: steps already done.
         progress: show the bar.

@@ -151,13 +151,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)  # a second one is not asked to wait
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         result = fit(config, stop=stop)
     except (ValueError, NonFiniteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if caught and result.step:
         saved = f"saved in {config.checkpoint_dir}" if config.checkpoint_dir else "nothing saved (no --checkpoint-dir)"
         print(f"interrupted after {result.step} steps; {saved}", file=sys.stderr)

@@ -1,14 +1,8 @@
 import dataclasses
-import json
+import itertools
 import math
-import os
-import signal
-import subprocess
-import sys
 import threading
-import time
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,35 +10,16 @@ from PIL import Image, ImageOps
 
 import hiera_kernels
 from hiera import checkpoint
-from hiera.config import Config, parse
 from hiera.guard import GuardedStep, NonFiniteError, StepStats
 from hiera.run import Run
-from hiera.train import fit, main
-from tests.training import make_folder, small_run
-
-ROOT = Path(__file__).parent.parent
+from hiera.runlog import RunLog
+from hiera.train import fit
+from tests.training import equal, log_of, make_folder, small_run, timeless
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("photos"))
-
-
-def equal(a, b):
-    """Bit for bit, through dicts, lists and tensors."""
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return type(a) is type(b) and len(a) == len(b) and all(map(equal, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
-def timeless(history):
-    return [{k: v for k, v in r.items() if k not in ("seconds", "images_per_second", "memory_mib")} for r in history]
-
-
-def log_of(folder):
-    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
 
 
 class Killed(Exception):
@@ -275,108 +250,27 @@ def test_compile_and_accelerate_are_one_line_each(data, monkeypatch, capsys):
     assert timeless(plain.history) == timeless(result.history)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"steps": None}, "either steps or epochs"),
-        ({"epochs": 3}, "either steps or epochs"),
-        ({"objective": "detect"}, "objective must be one of .*'detect'"),
-        ({"precision": "int8"}, "precision must be one of .*'int8'"),
-        ({"size": (1, 2, 3)}, r"size must be .*\(1, 2, 3\)"),
-        ({"batch": 0}, "batch must be positive, got 0"),
-        ({"lr": -1.0}, "lr must not be negative, got -1.0"),
-        ({"mask_ratio": 1.0}, "mask_ratio must be between 0 and 1, got 1.0"),
-        ({"drop_path": 1.5}, "drop_path must be in 0 .. 1, got 1.5"),
-        ({"resume": True}, "resume needs checkpoint_dir"),
-        ({"data": ""}, "data must name a folder"),
-    ],
-)
-def test_options_that_make_no_sense_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        small_run(**({"data": "x"} | options))
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:unreadable images")
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_a_step_of_pre_training_does_not_synchronise_the_gpu(precision, data):
+    run = Run(small_run(data, device="cuda", precision=precision))
+    first, second = itertools.islice(run.loader(), 2)
+    run.set_learning_rate()
+    run.guard(run.loss(run.model, first, 0))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run.guard(run.loss(run.model, second, 1))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
-def test_what_the_run_finds_out_is_refused_in_words(data, tmp_path, capsys):
-    for options, message in (
-        ({"warmup": 6}, "warmup must be .* less than steps=6, got 6"),
-        ({"size": (64, 70)}, "70"),
-        ({"model": "hiera_mimi_128"}, "hiera_mini_128"),
-        ({"model": "hiera_base_16x224"}, "hiera_base_16x224 cannot take images of 64x96 pixels"),
-        ({"data": str(tmp_path)}, "no image below"),
-        ({"objective": "classify", "data": str(tmp_path)}, "one folder per class"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            fit(small_run(**({"data": data} | options)))
-    assert main(["--data", str(tmp_path), "--steps", "1"]) == 1
-    assert "error: no image below" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="2"):
-        parse(["--data", "x", "--steps", "1", "--epochs", "2"])
-    assert "give either steps or epochs" in capsys.readouterr().err
-
-
-def test_the_command_line_and_the_config_are_the_same():
-    assert parse(["--data", "d", "--steps", "3"]) == Config(data="d", steps=3)
-    line = "--data d --objective classify --model mae_hiera_tiny_224 --size 96 128 --epochs 1.5 --no-progress --lr 0.1"
-    config = parse([*line.split(), "--accelerate", "--precision", "fp16", "--seed", "7", "--drop-path", "0"])
-    assert (config.model, config.size, config.epochs, config.progress) == ("hiera_tiny_224", (96, 128), 1.5, False)
-    assert (config.accelerate, config.compile, config.drop_path, config.seed) == (True, False, 0.0, 7)
-    assert parse(["--data", "d", "--steps", "3", "--size", "96"]).size == (96, 96)
-
-
-def command(data, folder, *more, steps="6"):
-    line = f"-m hiera.train --data {data} --model hiera_mini_128 --size 64 96 --batch 4 --steps {steps} --save-every 2"
-    settings = f"--checkpoint-dir {folder} --workers 1 --device cpu --precision fp32"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, *line.split(), *settings.split(), *more],
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-
-
-def finish(process):
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
-
-
-def wait_for(condition, process):
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-
-
-@pytest.mark.parametrize("objective", ["mae", "classify"])
-def test_the_command_killed_and_resumed_ends_like_the_whole_one(objective, data, tmp_path):
-    whole = command(data, tmp_path / "whole", "--objective", objective, steps="12")
-    code, out, err = finish(whole)
-    assert code == 0, err
-    assert "11 images" in out
-    assert "12/12" in err, "the progress bar"
-    assert "unreadable=1" in err
-    assert len(log_of(tmp_path / "whole")) == 12
-
-    cut = command(data, tmp_path / "cut", "--objective", objective, steps="12")
-    wait_for(lambda: checkpoint.checkpoints(tmp_path / "cut"), cut)
-    if objective == "mae":
-        cut.kill()
-        assert finish(cut)[0] == -signal.SIGKILL
-    else:
-        cut.terminate()
-        code, out, err = finish(cut)
-        assert code == 128 + signal.SIGTERM, err
-        assert "saved in" in err
-    found = checkpoint.checkpoints(tmp_path / "cut")
-    assert found[-1].name < "step_000000012.pt"
-    code, out, err = finish(command(data, tmp_path / "cut", "--objective", objective, "--resume", steps="12"))
-    assert code == 0, err
-    assert f"resuming from {found[-1]}" in out
-    a, b = (checkpoint.load_latest(tmp_path / run)[1] for run in ("whole", "cut"))
-    assert a["step"] == b["step"] == 12
-    assert equal(a["model"], b["model"])
-    assert equal(a["optimizer"], b["optimizer"])
-    assert timeless(log_of(tmp_path / "whole")) == timeless(log_of(tmp_path / "cut"))
+def test_a_log_line_that_a_kill_cut_off_is_dropped(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"event": "stopped", "step": 2}\n{"step": 3, "lo')
+    with RunLog(path, 9, start=2, progress=False) as log:
+        log.write({"step": 2, "loss": float("inf"), "none": None, "paths": ["a"]})
+    assert path.read_text() == '{"step": 0}\n{"step": 1}\n{"step": 2, "loss": null, "none": null, "paths": ["a"]}\n'
+    with RunLog(path, 9, start=0, progress=False):
+        pass
+    assert path.read_text() == ""

@@ -1,8 +1,10 @@
 """Folders of made photographs and a small run, shared by the trainer's tests."""
 
+import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from hiera.config import Config
@@ -29,3 +31,20 @@ def small_run(data: Path, **options) -> Config:
     """Mini model at 64 x 96 pixels: about 30 ms a step."""
     settings = {"model": "hiera_mini_128", "size": (64, 96), "batch": 4, "steps": 6, "lr": 1e-3, "workers": 0}
     return Config(data=str(data), **(settings | {"progress": False, "device": "cpu"} | options))
+
+
+def equal(a, b):
+    """Bit for bit, through dicts, lists and tensors."""
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def timeless(history):
+    return [{k: v for k, v in r.items() if k not in ("seconds", "images_per_second", "memory_mib")} for r in history]
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
