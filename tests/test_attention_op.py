@@ -1,4 +1,9 @@
-"""mask_unit_attention and q_pool as ops: results on every way to them, derivatives of every kind, autocast, FLOPs."""
+"""mask_unit_attention and q_pool as ops: results on every way to them, derivatives of every kind, autocast, FLOPs.
+
+Broken once each, on purpose, and what turned red: the default backward without `ties` (output and gradient on every
+way), the cast before pooling (ties by rounding), autocast left on below autograd (backward inside autocast), a tangent
+dropped in the backward (a tangent that meets the backward), `has_kernel` cached (16 tests).
+"""
 
 import contextlib
 import threading
@@ -9,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -318,6 +324,22 @@ def test_what_the_kernel_does_not_serve_goes_to_the_reference(qkv, args, reason)
     inner = qkv.a if isinstance(qkv, TwoTensor) else qkv
     out = out.a if isinstance(qkv, TwoTensor) else out
     assert torch.equal(out, reference.mask_unit_attention(inner, *args))
+
+
+def test_without_a_kernel_no_op_stands_between_autograd_and_the_plain_operations():
+    seen = []
+
+    class Dispatched(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.namespace)
+            return func(*args, **(kwargs or {}))
+
+    with Dispatched():
+        public(make_qkv().requires_grad_()).sum().backward()
+        ops.q_pool(torch.randn(1, 4, 2, requires_grad=True), 2).sum().backward()
+        assert "hiera_kernels" not in seen
+        direct(make_qkv())
+        assert "hiera_kernels" in seen
 
 
 @pytest.mark.parametrize("save", [True, False])
