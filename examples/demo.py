@@ -91,7 +91,7 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def compare_models(run: Run, batch) -> hiera_kernels.CheckResult:
+def compare_models(run: Run, batch) -> hiera_kernels.Comparison:
     """Outputs, gradients, time and memory of the stock run's model against an accelerated copy of it."""
     images = normalise(batch.images.to(run.device))
     return hiera_kernels.check(run.model, images)
