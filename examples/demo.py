@@ -203,7 +203,8 @@ def main(arguments: list[str] | None = None) -> int:
         pair.step(batch)
         stock_ms, accelerated_ms = pair.median_ms()
         bar.set_postfix_str(
-            f"loss {pair.losses[0][-1]:.4f} / {pair.losses[1][-1]:.4f}, ms {stock_ms:.0f} / {accelerated_ms:.0f}"
+            f"loss {pair.losses[0][-1]:.4f} / {pair.losses[1][-1]:.4f}, ms {stock_ms:.0f} / {accelerated_ms:.0f}",
+            refresh=False,
         )
     after = compare_models(pair.stock, first)
 
