@@ -4,8 +4,9 @@
     python -m benchmarks.ops unroll reroll --json out.json
     python -m benchmarks.ops unroll --device cpu --threads 1 --seconds 3
 
-Columns: the median, 20th and 80th percentile of the time; the bytes that have to move, read and written, and the rate this
-makes of the median; and the speed against `clone()` of the same bytes: the median of round-by-round ratios, 1.00 is a copy's.
+Columns: the median, 20th and 80th percentile of the time; the bytes that have to move, read and written, and the rate
+this makes of the median; and the speed against `clone()` of the same bytes, the median of round-by-round ratios: 1.00
+is as fast as a copy.
 """
 
 import argparse
@@ -66,7 +67,11 @@ def measure(case: Case, device: torch.device, seconds: float) -> list[dict]:
 def environment(device: torch.device) -> dict:
     """What has to stand beside a number for it to mean anything."""
     about = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
-    about |= {"device": device.type, "threads": torch.get_num_threads(), "compiled": extension.why_not(device.type) or "yes"}
+    about |= {
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "compiled": extension.why_not(device.type) or "yes",
+    }
     if device.type == "cuda":
         about["gpu"] = torch.cuda.get_device_name(device)
     else:
