@@ -1,14 +1,13 @@
 """`check`: one training step of the caller's own model, plain and accelerated, side by side."""
 
 import copy
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
-from hiera_kernels.lookalike import tensors_in
+from hiera_kernels.measure import GRADIENT, TrainingStep, nearby_batch, step_bytes, step_seconds
 from hiera_kernels.report import Report
 from hiera_kernels.swap import accelerate, restore
 
@@ -20,9 +19,6 @@ def _rounding_reach(step: float) -> float:
     wrong gradient is off by about its own size.
     """
     return min(4 * step**0.5, 0.4)
-
-
-GRADIENT = "gradient "
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,7 @@ class Comparison:
         oracle: Whether fp64 was the measure (else stock itself was).
         seconds: (stock, accelerated), median time of a training step.
         bytes: (stock, accelerated), see `memory`.
-        memory: What `bytes` counts: peak allocation on CUDA, tensors saved for the backward elsewhere.
+        memory: What `bytes` counts: peak allocation above the weights on CUDA, tensors saved for the backward elsewhere.
         report: What was accelerated.
     """
 
@@ -111,8 +107,9 @@ def check(
     steps.
 
     The law: per tensor, the RMS error against an fp64 copy may be at most twice stock's own, plus one rounding step of
-    the precision in use (and more where a tensor is so small that its RMS is chance). A model that is in fp64 itself,
-    or whose randomness differs between precisions, is compared with stock directly.
+    the precision in use (and more where a tensor is so small that its RMS is chance; and an error no larger than
+    rounding can make counts only if two inputs nearby have it too). A model that is in fp64 itself, or whose
+    randomness differs between precisions, is compared with stock directly.
 
     Args:
         model: A model that `accelerate` accepts, accelerated already or not. A compiled or DDP model is unwrapped.
@@ -140,74 +137,45 @@ def check(
     device = cuda[0] if cuda else torch.device("cpu")
 
     with torch.random.fork_rng(devices=sorted({d.index or 0 for d in cuda}) if cuda else []), torch.enable_grad():
-        steps = {"stock": _Step(stock, batch, loss), "accelerated": _Step(fast, batch, loss)}
-        runs = {name: step.run() for name, step in steps.items()}
-        if not any(name.startswith(GRADIENT) for name in runs["stock"]):
-            raise ValueError("model has no parameter that requires a gradient: there is no training step to compare")
-        truth = _oracle(model, batch, loss, runs["stock"])
-        rows = _rows(runs, truth, model)
-        del runs
-        seconds = _times(steps, device, repeats)
-        bytes_ = tuple(_memory(step, device) for step in steps.values())
-    memory = "peak memory" if device.type == "cuda" else "saved for the backward"
+        steps = {"stock": TrainingStep(stock, batch, loss), "accelerated": TrainingStep(fast, batch, loss)}
+        rows, oracle = _compare(model, steps)
+        rows = _second_look(rows, model, steps, batch)
+        seconds = step_seconds(steps, device, repeats)
+        bytes_ = tuple(step_bytes(step, device) for step in steps.values())
+    memory = "peak above the weights" if device.type == "cuda" else "saved for the backward"
     outputs = [row for row in rows if not _is_gradient(row)]
     gradients = [replace(row, name=row.name.removeprefix(GRADIENT)) for row in rows if _is_gradient(row)]
-    return Comparison(outputs, gradients, truth is not None, seconds, bytes_, memory, report)
+    return Comparison(outputs, gradients, oracle, seconds, bytes_, memory, report)
 
 
-class _Step:
-    """Forward, loss and backward of one copy, from the same random state every time."""
-
-    def __init__(self, model, batch, loss, dtype=None):
-        self.model, self.loss = model, loss or _projection
-        self.batch = _cast(batch, dtype)
-
-    def forward(self):
-        torch.manual_seed(0)
-        if isinstance(self.batch, Mapping):
-            output = self.model(**self.batch)
-        elif isinstance(self.batch, torch.Tensor):
-            output = self.model(self.batch)
-        else:
-            output = self.model(*self.batch)
-        loss = self.loss(output)
-        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-            raise TypeError(f"loss must give a scalar tensor, got {type(loss).__name__}")
-        return output, loss
-
-    def train(self):
-        self.model.zero_grad(set_to_none=True)
-        self.forward()[1].backward()
-
-    def run(self):
-        """Every floating-point output, the loss, and every parameter's gradient, by name."""
-        self.model.zero_grad(set_to_none=True)
-        output, loss = self.forward()
-        if loss.requires_grad:
-            loss.backward()
-        found = {f"output {i}": t for i, t in enumerate(tensors_in(output)) if t.is_floating_point()}
-        found["loss"] = loss
-        for name, parameter in self.model.named_parameters():
-            if parameter.grad is not None:
-                found[GRADIENT + name] = parameter.grad
-        found = {name: tensor.detach().clone() for name, tensor in found.items()}
-        self.model.zero_grad(set_to_none=True)
-        return found
+def _compare(model, steps):
+    """A row for every output and gradient of one step, and whether fp64 was the measure."""
+    runs = {name: step.run() for name, step in steps.items()}
+    if not any(name.startswith(GRADIENT) for name in runs["stock"]):
+        raise ValueError("model has no parameter that requires a gradient: there is no training step to compare")
+    truth = _oracle(model, steps["stock"], runs["stock"])
+    return _rows(runs, truth, model), truth is not None
 
 
-def _projection(output):
-    """A fixed random projection of every output element, in fp32 at least, so that none goes unnoticed."""
-    generator = torch.Generator().manual_seed(0)
-    total = 0.0
-    for tensor in tensors_in(output):
-        if tensor.is_floating_point():
-            weights = torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu")
-            dtype = torch.promote_types(tensor.dtype, torch.float32)
-            total = total + (tensor.to(dtype) * weights.to(tensor.device, dtype)).sum() / max(tensor.numel(), 1) ** 0.5
-    return total
+def _second_look(rows, model, steps, batch):
+    """Look again at what fails by no more than rounding can do, on two inputs nearby: an error that is real comes back.
+
+    Where two tokens tie but for a rounding, max-pooling sends the gradient to one or the other, and about one fp32
+    step in ten has such a tie. It strikes stock or the accelerated model, not both, and not again.
+    """
+    reach = _rounding_reach(torch.finfo(_precision(model)).eps)
+    for seed in (1, 2):
+        suspects = {row.name for row in rows if not row.ok and row.stock is not None and row.accelerated <= reach}
+        if not suspects:
+            break
+        nearby = nearby_batch(batch, torch.Generator().manual_seed(seed))
+        again, _ = _compare(model, {name: TrainingStep(step.model, nearby, step.loss) for name, step in steps.items()})
+        passed = {row.name: row for row in again if row.ok and row.name in suspects}
+        rows = [passed.get(row.name, row) for row in rows]
+    return rows
 
 
-def _oracle(model, batch, loss, stock):
+def _oracle(model, step, stock):
     """The step of an fp64 copy without autocast; None where it cannot be had or is not the same computation."""
     precision = _precision(model)
     if precision is torch.float64:
@@ -217,7 +185,7 @@ def _oracle(model, batch, loss, stock):
         restore(exact)
         device = next(exact.parameters()).device.type
         with torch.autocast(device, enabled=False):
-            truth = _Step(exact, batch, loss, torch.float64).run()
+            truth = TrainingStep(exact, step.batch, step.loss, torch.float64).run()
     except (RuntimeError, TypeError, NotImplementedError):  # out of memory, no fp64 on this device or in this model
         return None
     # Some random draws depend on the dtype. Another draw makes errors of order 1, where rounding makes small ones.
@@ -289,58 +257,6 @@ def _precision(model) -> torch.dtype:
     if torch.is_autocast_enabled(device):
         dtypes.append(torch.get_autocast_dtype(device))
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-
-
-def _times(steps, device, repeats):
-    """Median seconds of a training step, in turns, so that whatever else the machine does strikes both alike."""
-    found = {name: [] for name in steps}
-    for i in range(repeats + 1):
-        for name in sorted(steps, reverse=bool(i % 2)):
-            start = _now(device)
-            steps[name].train()
-            found[name].append(_now(device) - start)
-    return tuple(sorted(times[1:])[(repeats - 1) // 2] for times in (found["stock"], found["accelerated"]))
-
-
-def _now(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def _memory(step, device) -> int:
-    if device.type == "cuda":
-        step.model.zero_grad(set_to_none=True)
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step.train()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    # No allocator statistics on the CPU: the storages that autograd keeps, each once, without the parameters.
-    own = {tensor.untyped_storage().data_ptr() for tensor in step.model.state_dict().values()}
-    saved = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = step.forward()  # alive while counting: an address that was freed could be counted twice, or not at all
-    del kept
-    return sum(saved.values())
-
-
-def _cast(value, dtype):
-    if isinstance(value, torch.Tensor):
-        return value.to(dtype) if dtype is not None and value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        return {key: _cast(item, dtype) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)([_cast(item, dtype) for item in value])
-    return value
 
 
 def _unwrapped(model):

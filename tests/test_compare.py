@@ -9,6 +9,7 @@ from torch import nn
 
 from hiera_kernels import compare
 from hiera_kernels.compare import check
+from hiera_kernels.measure import TrainingStep, step_bytes
 from hiera_kernels.swap import accelerate
 from tests.swap_cases import LIBRARIES, build, example, keep_mask
 
@@ -93,7 +94,9 @@ def test_the_model_stays_as_it_was(accelerated):
     assert x.grad is None
 
 
-@pytest.mark.parametrize("fault", ["a gradient 3 % off", "a gradient of zero", "an output 1 % off", "a NaN", "dtype"])
+@pytest.mark.parametrize(
+    "fault", ["a gradient 3 % off", "a gradient 0.1 % off", "a gradient of zero", "an output 1 % off", "a NaN", "dtype"]
+)
 def test_faults_are_found(monkeypatch, fault):
     """Each fault is put into the accelerated copy only, after `accelerate` has looked at it."""
 
@@ -101,6 +104,8 @@ def test_faults_are_found(monkeypatch, fault):
         report = accelerate(model)
         if fault == "a gradient 3 % off":
             model.blocks[2].attn.qkv.weight.register_hook(lambda grad: grad * 1.03)
+        elif fault == "a gradient 0.1 % off":  # what rounding could do once, but not three times over
+            model.blocks[2].attn.qkv.weight.register_hook(lambda grad: grad * 1.001)
         elif fault == "a gradient of zero":
             model.blocks[2].norm2.bias.register_hook(torch.zeros_like)
         elif fault == "an output 1 % off":
@@ -117,8 +122,24 @@ def test_faults_are_found(monkeypatch, fault):
         assert not result.ok
         assert "WRONG" in str(result)
         wrong = [row.name for row in result.outputs + result.gradients if not row.ok]
-        if fault == "a gradient 3 % off":
+        if fault.endswith("% off") and "gradient" in fault:
             assert wrong == ["blocks.2.attn.qkv.weight"]
+
+
+def test_a_tie_that_rounding_breaks_is_no_fault(monkeypatch):
+    """One gradient wrong by what rounding can do, once: the second look, on an input nearby, finds it right."""
+    broken = []
+
+    def accelerate_and_stumble(model):
+        report = accelerate(model)
+        model.blocks[2].attn.qkv.weight.register_hook(
+            lambda g: broken.append(1) or (g * 1.001 if len(broken) == 1 else g)
+        )
+        return report
+
+    monkeypatch.setattr(compare, "accelerate", accelerate_and_stumble)
+    assert check(build("hiera", dtype=torch.float32), example(dtype=torch.float32), repeats=1).ok
+    assert len(broken) > 2
 
 
 def test_table():
@@ -131,8 +152,8 @@ def test_table():
 def test_saved_bytes_are_counted_once_and_without_parameters():
     """y = relu(x @ w) @ v: autograd keeps x (for w) and relu's output (for relu and for v), and no weights."""
     model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.ReLU(), nn.Linear(16, 4, bias=False))
-    step = compare._Step(model, torch.randn(32, 8), lambda out: out.sum())
-    assert compare._memory(step, torch.device("cpu")) == 4 * 32 * (8 + 16)
+    step = TrainingStep(model, torch.randn(32, 8), lambda out: out.sum())
+    assert step_bytes(step, torch.device("cpu")) == 4 * 32 * (8 + 16)
 
 
 class NoisyInItsDtype(nn.Module):

@@ -115,3 +115,14 @@ def test_export(name, dynamic):
     for batch, wanted in zip((2, 5) if dynamic else (2,), expected, strict=False):
         assert (module(example(batch=batch)) - wanted).abs().max() <= 1e-9 * wanted.abs().max()
     assert set(program.state_dict) == set(model.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_trace(name):
+    model = small(name).eval()
+    expected = model(example())
+    accelerate(model)
+    traced = torch.jit.trace(model, example(), check_trace=False)
+    assert torch.equal(traced(example()), expected)
+    assert "hiera_kernels" not in str(traced.graph)
