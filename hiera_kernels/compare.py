@@ -46,7 +46,7 @@ class Comparison:
         oracle: Whether fp64 was the measure (else stock itself was).
         seconds: (stock, accelerated), median time of a training step.
         bytes: (stock, accelerated), see `memory`.
-        memory: What `bytes` counts: peak allocation above the weights on CUDA, tensors saved for the backward elsewhere.
+        memory: What `bytes` counts: on CUDA the peak above the weights, elsewhere tensors saved for the backward.
         report: What was accelerated.
     """
 
