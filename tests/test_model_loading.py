@@ -146,6 +146,23 @@ def test_sizes_by_guess_and_by_name():
         small.load_pretrained(wide, source_size=(64,))
 
 
+def test_absolute_win_backgrounds_of_another_grid():
+    for dims in (1, 2):
+        settings = {"input_size": (64,) * dims, "q_stride": (2,) * dims, "mask_unit_size": (8,) * dims}
+        settings |= {"patch_kernel": (7,) * dims, "patch_stride": (4,) * dims, "patch_padding": (3,) * dims}
+        source = Hiera(**{**SMALL, **settings, "abs_win": True, "global_pos_size": (6,) * dims}).state_dict()
+        model = Hiera(**{**SMALL, **settings, "abs_win": True, "global_pos_size": (4, 7)[:dims]})
+        report = model.load_pretrained(source)
+        assert list(report.resized) == ["pos_embed"]
+        mode = {"mode": "linear"} if dims == 1 else {"mode": "bicubic", "antialias": True}
+        expected = torch.nn.functional.interpolate(source["pos_embed"], (4, 7)[:dims], **mode)
+        assert torch.equal(model.pos_embed.data, expected)
+        assert torch.equal(model.pos_embed_window.data, source["pos_embed_window"])
+    plain = Hiera(**SMALL).state_dict()
+    with pytest.raises(ValueError, match=r"pos_embed has shape \(1, 256, 8\), the model's has"):
+        Hiera(**SMALL, abs_win=True).load_pretrained(plain)
+
+
 def test_video_sizes():
     def build(size):
         return hiera.mae_hiera_base_16x224(
