@@ -53,7 +53,7 @@ OPS = dict.fromkeys(("unroll", "reroll", "embed_tokens"), _token_cases)
 def measure(case: Case, device: torch.device, seconds: float) -> list[dict]:
     """The rows of one case, one per candidate, its own first."""
     make, candidates, moved = case.prepare()
-    samples = timing.paired(candidates, timing.rotate(make, device), device, seconds)
+    samples = timing.paired(candidates, timing.rotate(make), device, seconds)
     rows = []
     for name, taken in samples.items():
         row = {"op": case.op, "case": case.label, "candidate": name, "bytes": moved, "rounds": len(taken.seconds)}
