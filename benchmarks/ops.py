@@ -13,6 +13,7 @@ import argparse
 import functools
 import json
 import platform
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,17 @@ def environment(device: torch.device) -> dict:
     return about
 
 
+def current_commit() -> str:
+    """The commit of this checkout, with "-dirty" behind it where files differ from it; empty outside a checkout."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    return described.stdout.strip() if described.returncode == 0 else ""
+
+
 def _cpuinfo() -> list[str]:
     path = Path("/proc/cpuinfo")
     return path.read_text().splitlines() if path.exists() else []
@@ -108,13 +120,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each table (default: %(default)s)")
     parser.add_argument("--only", default="", help="only cases whose label holds this text")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number to FILE as well")
+    parser.add_argument("--commit", help="what is measured, where the checkout cannot tell (default: git's answer)")
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.ops if name not in OPS]:
         parser.error(f"no such op: {', '.join(unknown)}; there are {', '.join(OPS)}")
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    about = environment(device)
+    about = environment(device) | {"commit": options.commit or current_commit()}
     print("  ".join(f"{key} {value}" for key, value in about.items()), flush=True)
     cases = [case for name in options.ops or OPS for case in OPS[name](name, device) if options.only in case.label]
     results = []
