@@ -26,10 +26,6 @@ class Samples:
         """How fast this is as a fraction of `other`: the median over rounds of other's time / this one's time."""
         return statistics.median(b / a for a, b in zip(self.seconds, other.seconds, strict=True))
 
-    def best_speed_of(self, other: "Samples") -> float:
-        """The same of the fastest round of each: what is left when nobody else uses the machine."""
-        return min(other.seconds) / min(self.seconds)
-
 
 def rotate(make: Callable[[], Sequence]) -> list[Sequence]:
     """Several sets of inputs, so many that a set is out of the caches when its turn comes again."""

@@ -1,8 +1,9 @@
-"""What the CPU kernels promise: 85 % of `clone()` from 10 MB on, never slower than one permute, twice upstream's chain.
+"""A guard against slow CPU kernels: no run of `make test` may find `unroll` or `reroll` far from what they promise.
 
-Paired and interleaved, so that a busy machine slows all candidates alike. A try counts if the median of round-by-round
-ratios or the ratio of the fastest rounds reaches the floors (where each call waits for its time slice, all medians are
-one slice), and one that misses is repeated, twice at most: a neighbour can only take from what the code can do.
+The promise is 85 % of `clone()` from 10 MB on, never slower than one permute, twice upstream's chain; whether it is
+kept is measured by `python -m benchmarks.ops unroll reroll` on a quiet machine and shown in the README. Here CI's
+neighbours may take a share of the memory's bandwidth, so the floors are lower: what they catch is a kernel that fell
+off its fast path (csrc/copy_rows.h says what that costs). Medians of paired rounds; a case that misses is tried again.
 """
 
 import pytest
@@ -16,18 +17,14 @@ SMALL = [s for s in shapes.CPU_TOKENS if s not in LARGE]
 
 
 def ratios(op, shape, threads):
-    """How fast ours is against each rival, in the median and at best: above 1 is faster."""
+    """How fast ours is against each rival, median of round-by-round ratios: above 1 is faster."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         make, candidates, _ = token_order.move_case(op, shape, torch.device("cpu"))
         with torch.no_grad():
             samples = timing.paired(candidates, timing.rotate(make), torch.device("cpu"), seconds=0.7, rounds=(15, 200))
-        ours = samples["hiera_kernels"]
-        return [
-            {name: getattr(ours, measure)(taken) for name, taken in samples.items()}
-            for measure in ("speed_of", "best_speed_of")
-        ]
+        return {name: samples["hiera_kernels"].speed_of(taken) for name, taken in samples.items()}
     finally:
         torch.set_num_threads(before)
 
@@ -35,8 +32,8 @@ def ratios(op, shape, threads):
 def assert_fast_enough(op, shape, threads, floors):
     tried = []
     for _ in range(TRIES):
-        tried += ratios(op, shape, threads)
-        if any(all(speed[name] >= floor for name, floor in floors.items()) for speed in tried[-2:]):
+        tried.append(ratios(op, shape, threads))
+        if all(tried[-1][name] >= floor for name, floor in floors.items()):
             return
     pytest.fail(f"{op} {shape.label}, {threads} threads: {floors} wanted, measured {tried}")
 
@@ -46,14 +43,14 @@ def assert_fast_enough(op, shape, threads, floors):
 @pytest.mark.parametrize("shape", LARGE, ids=lambda shape: shape.label)
 @pytest.mark.parametrize("op", ["unroll", "reroll"])
 def test_large_moves(op, shape, threads):
-    assert_fast_enough(op, shape, threads, {"clone": 0.85, "single_permute": 1.0, "upstream_chain": 2.0})
+    assert_fast_enough(op, shape, threads, {"clone": 0.55, "single_permute": 0.9, "upstream_chain": 1.6})
 
 
 @pytest.mark.timing
 @pytest.mark.parametrize("shape", SMALL, ids=lambda shape: shape.label)
 @pytest.mark.parametrize("op", ["unroll", "reroll"])
 def test_small_moves(op, shape):
-    assert_fast_enough(op, shape, 1, {"single_permute": 1.0, "upstream_chain": 2.0})
+    assert_fast_enough(op, shape, 1, {"single_permute": 0.9, "upstream_chain": 1.6})
 
 
 def test_the_rivals_compute_the_same():
