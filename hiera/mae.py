@@ -135,16 +135,19 @@ class MaskedAutoencoderHiera(Hiera):
 
         Args:
             x: [B, in_chans, *size].
-            mask_ratio: Fraction of mask units to hide, where `mask` is None.
+            mask_ratio: Fraction of mask units to hide, where `mask` is None; 0 hides none.
             mask: bool [B, units], True is *keep*. Default: drawn by :meth:`get_random_mask`.
             len_keep: Number of units that every row of `mask` keeps; see :meth:`hiera.Hiera.forward`.
 
         Returns:
             ([B, kept, *mask_unit_spatial_shape_final, C], mask).
+
+        Raises:
+            ValueError: for a `mask_ratio` that keeps no mask unit, or is not a fraction.
         """
         if mask is None:
+            len_keep = self._kept_at(mask_ratio, x, hide=0)
             mask = self.get_random_mask(x, mask_ratio)
-            len_keep = self.units_kept(mask.shape[1], mask_ratio)
         _, stages = super().forward(x, mask, return_intermediates=True, len_keep=len_keep)
         # Stages after the last pooling have one resolution; only the last of them is used.
         stages = stages[: self.q_pool] + stages[-1:]
@@ -173,7 +176,7 @@ class MaskedAutoencoderHiera(Hiera):
         dtype = torch.promote_types(x.dtype, self.mask_token.dtype)
         tokens = self.mask_token.to(dtype)[:, :, None].expand(B, mask.shape[1], math.prod(unit), C)
         where = kept_units(mask, kept)[:, :, None, None].expand(B, kept, math.prod(unit), C)
-        tokens = tokens.scatter(1, where, x.reshape(B, kept, -1, C).to(dtype))
+        tokens = tokens.scatter(1, where, x.reshape(B, kept, math.prod(unit), C).to(dtype))
         tokens = undo_windowing(tokens.view(B, mask.shape[1], *unit, C), grid, unit).flatten(1, -2)
         visible = mask[:, :, None, None].expand(-1, -1, math.prod(unit), 1).reshape(B, mask.shape[1], *unit, 1)
         visible = undo_windowing(visible, grid, unit).flatten(1)
@@ -220,7 +223,8 @@ class MaskedAutoencoderHiera(Hiera):
 
         Args:
             x: Pictures [B, in_chans, H, W] or videos [B, in_chans, T, H, W].
-            mask_ratio: Fraction of mask units to hide. Source of the defaults: 0.6 for pictures, 0.9 for videos.
+            mask_ratio: Fraction of mask units to hide, at least one of them. Source of the defaults: 0.6 for pictures,
+                0.9 for videos.
             mask: bool [B, units], True is *keep*; instead of a random one.
             len_keep: Number of units that every row of `mask` keeps. With a random mask it is known. With a given
                 mask and without `len_keep`, it is read here first: one synchronisation, before the encoder runs
@@ -229,18 +233,35 @@ class MaskedAutoencoderHiera(Hiera):
 
         Returns:
             (loss, prediction, label, mask): a scalar, two [B * masked tokens, pixels], and the bool [B, units] used.
+            Of an empty batch the loss is NaN, the mean of nothing, and its gradients are 0.
 
         Raises:
-            ValueError: if the rows of `mask` keep unequal numbers, or it does not fit; see
-                :meth:`hiera.Hiera.forward`.
+            ValueError: for a `mask_ratio` that keeps or hides no mask unit; if the rows of `mask` keep unequal
+                numbers, or it does not fit; see :meth:`hiera.Hiera.forward`.
         """
-        if mask is not None:
+        if mask is None:
+            self._kept_at(mask_ratio, x, hide=1)  # with nothing to predict the loss would be NaN
+        else:
             len_keep = self.check_mask(mask, x, len_keep)
         latent, mask = self.forward_encoder(x, mask_ratio, mask=mask, len_keep=len_keep)
         pred, visible = self.forward_decoder(latent, mask, grid=self.token_grid(x))
         hidden = (mask.shape[1] - latent.shape[1]) * math.prod(self.mask_unit_spatial_shape_final)
         loss, pred, label = self.forward_loss(x, pred, ~visible, num_masked=hidden)
         return loss, pred, label, mask
+
+    def _kept_at(self, mask_ratio: float, x: torch.Tensor, hide: int) -> int:
+        """How many mask units of `x` a random mask keeps; ValueError unless it keeps one and hides `hide`."""
+        units = math.prod(self._unit_grid(self.token_grid(x)))
+        kept = self.units_kept(units, mask_ratio) if 0 <= mask_ratio <= 1 else -1
+        if not 1 <= kept <= units - hide:
+            most = math.floor(1e4 * (1 - 1 / units)) / 1e4
+            if not self.units_kept(units, most):  # 5 * (1 - 0.8) is less than 1 in floating point
+                most = round(most - 1e-4, 4)
+            raise ValueError(
+                f"mask_ratio must be {'above' if hide else 'at least'} 0 and at most {most}, to keep 1 to "
+                f"{units - hide} of this input's {units} mask units, got {mask_ratio}"
+            )
+        return kept
 
     def _final_grid(self, grid) -> list[int]:
         return [n // stride**self.q_pool for n, stride in zip(grid, self.q_stride, strict=True)]

@@ -32,18 +32,10 @@ def test_whole_variant(name):
 
 
 @pytest.mark.parametrize("settings", [SMALL, SMALL_VIDEO], ids=["image", "video"])
-@pytest.mark.filterwarnings("ignore:var")
-@pytest.mark.parametrize("mask_ratio", [0.0, 0.3, 0.6, 0.8])
+@pytest.mark.parametrize("mask_ratio", [0.3, 0.6, 0.8])
 def test_random_mask(settings, mask_ratio):
     ours, theirs = mae_pair(**settings)
     x = picture(3, 3, *settings["input_size"])
-    if mask_ratio == 0.0:  # nothing to predict: upstream's loss is the mean of nothing
-        torch.manual_seed(3)
-        outputs = ours(x, mask_ratio)
-        assert outputs[0].isnan()
-        assert outputs[1].shape == outputs[2].shape == (0, theirs.decoder_pred.out_features)
-        assert outputs[3].all()
-        return
     assert_same_run(ours, theirs, lambda model: list(model(x, mask_ratio)))
 
 
@@ -146,8 +138,6 @@ def test_refusals():
         model(x, mask=uneven[1:].expand(2, 6), len_keep=2)
     with pytest.raises(ValueError, match="keeps no mask unit"):
         model(x, mask=torch.zeros(2, 6, dtype=torch.bool))
-    with pytest.raises(ValueError, match="len_keep must be 1 to 6, got 0"):
-        model(x, mask_ratio=0.99)
     with pytest.raises(ValueError, match="square of pixels"):
         MaskedAutoencoderHiera(**{**SMALL, "patch_stride": (4, 2), "patch_padding": (3, 3), "patch_kernel": (7, 7)})
     with pytest.raises(ValueError, match=r"mask_unit_size = q_stride \*\* \(len\(stages\) - 1\) = \(8, 8\)"):
