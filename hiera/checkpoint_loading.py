@@ -10,6 +10,8 @@ from torch import nn
 from hiera.position import guess_grid, resize_grid, resize_pos_embed
 
 WRAPPERS = ("model_state", "state_dict", "model")
+# What DistributedDataParallel (and DataParallel) and torch.compile put before every name of the model they wrap.
+PREFIXES = ("module.", "_orig_mod.")
 MAE_ONLY = ("mask_token", "decoder_", "multi_scale_fusion_heads.", "encoder_norm.")
 ENCODER_ONLY = ("norm.", "head.")
 
@@ -31,7 +33,8 @@ def read_state_dict(source) -> dict[str, torch.Tensor]:
             `model_state` (the published checkpoints), `state_dict` or `model`.
 
     Returns:
-        A new dict from parameter name to tensor.
+        A new dict from parameter name to tensor. `module.` and `_orig_mod.`, of a model that was wrapped by
+        DistributedDataParallel or `torch.compile`, are taken off where every name begins with them.
 
     Raises:
         ValueError: if there is no state dict in it.
@@ -52,7 +55,10 @@ def read_state_dict(source) -> dict[str, torch.Tensor]:
     if not isinstance(found, Mapping) or not found or not all(isinstance(v, torch.Tensor) for v in found.values()):
         what = f"the keys {sorted(map(str, source))[:8]}" if isinstance(source, Mapping) else type(source).__name__
         raise ValueError(f"source must hold a state dict, bare or under one of {WRAPPERS}; it holds {what}")
-    return dict(found)
+    found = dict(found)
+    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in found)), None):
+        found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    return found
 
 
 def from_timm(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -88,8 +94,8 @@ def load_weights(model: nn.Module, source, strict: bool = True, source_size: Seq
         strict: Every parameter of the model must be in `source` and the other way round, with three exceptions that
             are meant: an encoder takes a masked autoencoder's weights (its decoder is left out, `norm` and `head` keep
             their initial values), a masked autoencoder takes an encoder's (what only it has keeps its initial
-            values), and a head for another number of classes keeps its initial values. False tolerates all names,
-            never another shape.
+            values), and a head for another number of classes keeps its initial values. False tolerates all names as
+            long as one of them is the model's, never another shape.
         source_size: Input size in pixels that `source` was trained for. Needed only where it cannot be guessed:
             position embeddings whose number differs from the model's are otherwise taken to be of square pictures.
 
@@ -97,13 +103,21 @@ def load_weights(model: nn.Module, source, strict: bool = True, source_size: Seq
         A :class:`LoadReport`.
 
     Raises:
-        ValueError: listing every parameter that is missing, unexpected, or of another shape. The model is then
+        ValueError: listing every parameter that is missing, unexpected, or of another shape; if nothing in `source`
+            is the model's; and for a model on the meta device, which has no memory to copy to. The model is then
             unchanged.
     """
+    own = model.state_dict()
+    empty = [name for name, tensor in own.items() if tensor.is_meta]
+    if empty:
+        raise ValueError(
+            f"model must have memory to load weights into, but {empty[0]} and {len(empty) - 1} more tensors are on the "
+            "meta device: call model.to_empty(device=...) first (what source lacks is then uninitialised)"
+        )
     state = read_state_dict(source)
+    names = sorted(state)
     if any(name == "pos_embed_win" or name.startswith("head.fc.") for name in state):
         state = from_timm(state)
-    own = model.state_dict()
     allowed = _adapt_family(state, own)
     resized = _resize_positions(model, state, own, source_size)
 
@@ -117,6 +131,8 @@ def load_weights(model: nn.Module, source, strict: bool = True, source_size: Seq
     if strict:
         problems += [f"{name} is missing" for name in missing if name not in allowed]
         problems += [f"{name} is unexpected" for name in unexpected]
+    elif not own.keys() & state.keys():
+        problems = [f"nothing in source is the model's: it holds {names[:3]}, the model {sorted(own)[:3]}"]
     if problems:
         shown = "".join(f"\n  {line}" for line in problems[:12])
         rest = f"\n  and {len(problems) - 12} more" if len(problems) > 12 else ""

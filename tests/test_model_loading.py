@@ -87,6 +87,48 @@ def test_mismatches_are_listed_and_nothing_is_loaded():
     assert model.blocks[0].attn.qkv.weight.abs().max() == 0
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("strict", [True, False])
+def test_weights_of_a_wrapped_model(prefix, strict):
+    state = Hiera(**SMALL).state_dict()
+    model = Hiera(**SMALL)
+    wrapped = {prefix + name: tensor for name, tensor in state.items()}
+    report = model.load_pretrained({"model": wrapped}, strict=strict)
+    assert (report.missing, report.unexpected) == ([], [])
+    assert same_weights(model, state)
+    assert all(name.startswith(prefix) for name in wrapped)  # the caller's dict is not changed
+    with pytest.raises(ValueError, match=r"module\.pos_embed is unexpected"):  # not of a wrapper: only some have it
+        Hiera(**SMALL).load_pretrained({**state, "module.pos_embed": state["pos_embed"]})
+
+
+def test_the_names_that_torchs_wrappers_give():
+    state = Hiera(**SMALL).state_dict()
+    for wrap in (torch.nn.DataParallel, torch.compile, lambda m: torch.nn.DataParallel(torch.compile(m))):
+        wrapped = wrap(Hiera(**SMALL)).state_dict()
+        assert not wrapped.keys() & state.keys()
+        assert read_state_dict(wrapped).keys() == state.keys()
+
+
+def test_nothing_loaded_is_an_error_without_strict_too():
+    model = Hiera(**SMALL)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    foreign = {"encoder." + name: tensor for name, tensor in Hiera(**SMALL).state_dict().items()}
+    with pytest.raises(ValueError, match=r"nothing in source is the model's: it holds \['encoder\.blocks\.0"):
+        model.load_pretrained(foreign, strict=False)
+    assert same_weights(model, before)
+
+
+def test_a_model_on_the_meta_device_is_refused():
+    state = Hiera(**SMALL).state_dict()
+    with torch.device("meta"):
+        model = Hiera(**SMALL)
+    for strict in (True, False):  # load_state_dict only warns, once per parameter, and copies nothing
+        with pytest.raises(ValueError, match=r"pos_embed and \d+ more tensors are on the meta device: .*to_empty"):
+            model.load_pretrained(state, strict=strict)
+    model.to_empty(device="cpu").load_pretrained(state)
+    assert same_weights(model, state)
+
+
 def test_another_number_of_classes_keeps_the_new_head():
     state = Hiera(**{**SMALL, "num_classes": 9}).state_dict()
     model = Hiera(**SMALL)
