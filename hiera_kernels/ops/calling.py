@@ -27,7 +27,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from hiera_kernels.reference.attention import TIES
 
 NAMESPACE = "hiera_kernels"
-AUTOCAST_KEYS = ("AutocastCPU", "AutocastCUDA", "AutocastXPU", "AutocastMPS")
+# Not every torch knows the last two.
+AUTOCAST_KEYS = ("AutocastCPU", "AutocastCUDA", *(k for k in ("AutocastXPU", "AutocastMPS") if hasattr(DispatchKey, k)))
 _AUTOGRAD = DispatchKeySet(DispatchKey.AutogradFunctionality) | DispatchKeySet(DispatchKey.AutogradOther)
 _AUTOCAST = functools.reduce(
     DispatchKeySet.__or__, (DispatchKeySet(getattr(DispatchKey, key)) for key in AUTOCAST_KEYS)
