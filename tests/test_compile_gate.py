@@ -3,6 +3,7 @@
 It judges the package's own kernels in `python -m tests.gates`, which `make test` runs; here it is itself on trial.
 """
 
+import json
 import os
 from types import SimpleNamespace
 
@@ -11,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from tests.gates import compiled
+from tests.gates import __main__ as command
+from tests.gates import cases, compiled
 from tests.gates.compiled import CAPABILITIES, Job, Measured, compile_all, compile_one, verdict
 
 
@@ -195,3 +197,48 @@ def test_what_counts_as_what():
     assert made.tensor_core == 2
     # LTC128B is the size of the L2 prefetch, not of the copy.
     assert Measured(opcodes=compiled.Counter(["LDGSTS.E.LTC128B"])).wide_loads == 0
+
+
+@pytest.fixture
+def two_jobs(monkeypatch):
+    labels = {"kernel": "product", "shape": "toy", "dtype": "bf16"}
+    good = Job(launch(product, M=64, N=64, K=64), (9, 0), labels=labels)
+    bad = Job(launch(product_of_rows, M=64, stride=73), (9, 0), labels=labels | {"kernel": "product_of_rows"})
+    monkeypatch.setattr(cases, "jobs", lambda everything: [good, bad])
+    return good, bad
+
+
+def test_the_command_prints_a_table_writes_it_and_fails_where_a_kernel_is_refused(two_jobs, tmp_path, capsys):
+    path = tmp_path / "results" / "compile.json"
+    assert command.main(["--json", str(path), "--jobs", "2"]) == 1
+    printed = capsys.readouterr().out
+    assert "1 refused" in printed
+    assert "product_of_rows toy bf16 sm_90: no 16-byte load from global memory" in printed
+    good, bad = json.loads(path.read_text())["kernels"]
+    assert good["refused"] == []
+    assert (good["kernel"], good["arch"], good["wide_loads"]) == ("product", "sm_90", 8)
+    assert bad["refused"] == ["no 16-byte load from global memory"]
+    assert set(good) == set(command.COLUMNS)
+
+
+def test_the_command_passes_good_kernels(two_jobs, capsys):
+    assert command.main(["--only", "product toy"]) == 0
+    assert "0 refused" in capsys.readouterr().out
+
+
+def test_the_command_does_not_pass_when_it_compiled_nothing(two_jobs):
+    with pytest.raises(SystemExit):
+        command.main(["--only", "no such kernel"])
+
+
+def test_the_file_changes_only_with_what_it_says(tmp_path):
+    """Seconds differ in every run; a tracked file that changed each time would hide the changes that matter."""
+    path = tmp_path / "compile.json"
+    row = dict.fromkeys(command.COLUMNS, 0)
+    assert command.write(path, [row], "models")
+    assert not command.write(path, [row | {"seconds": 9}], "models")
+    assert command.write(path, [row | {"registers": 9}], "models")
+    assert command.write(path, [row, row], "models")
+    path.write_text("{broken")
+    assert command.write(path, [row], "models")
+    assert json.loads(path.read_text())["kernels"] == [row]
