@@ -11,6 +11,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
 
 from tests.gates import __main__ as command
 from tests.gates import cases, compiled
@@ -84,6 +85,37 @@ def test_a_good_kernel_passes(capability):
     assert 0 < made.seconds < 20
     name = {8: "HMMA", 9: "HGMMA", 10: "UTCHMMA"}[capability[0]]
     assert any(opcode.startswith(name) for opcode in made.opcodes)
+
+
+class DriverOfAnotherMachine:
+    """Answers what `JITFunction.run` asks of a CUDA driver before it launches."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.mark.parametrize("stride", [73, 80, 1])
+def test_what_is_compiled_is_what_a_launch_compiles(monkeypatch, tmp_path, stride):
+    """Same source, signature, constants, divisibility and options as Triton's own launch, by the hash of its cache.
+
+    A stride of 1 becomes a constant, of 80 is known to be a multiple of 16, of 73 is neither: three hashes.
+    """
+    asked = launch(product_of_rows, M=64, stride=stride)
+    made = compile_one(Job(asked, (9, 0)))
+    monkeypatch.setattr(triton.runtime.driver, "_active", DriverOfAnotherMachine())
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    product_of_rows.device_caches.clear()
+    launched = product_of_rows.warmup(
+        **asked.arguments, **asked.constexprs, num_warps=asked.num_warps, num_stages=asked.num_stages, grid=(1,)
+    )
+    product_of_rows.device_caches.clear()
+    assert launched.metadata.hash == made.hash != ""
 
 
 def test_spills_are_refused():

@@ -70,6 +70,7 @@ class Measured:
     registers: int = 0
     stack: int = 0  # bytes per thread
     shared: int = 0  # bytes per program
+    hash: str = ""  # under which Triton would cache it
     opcodes: Counter = field(default_factory=Counter)
 
     def count(self, pattern: re.Pattern) -> int:
@@ -215,6 +216,7 @@ def _compile(job: Job) -> Measured:
         registers=max(int(n) for n in re.findall(r"REG:(\d+)", usage)),
         stack=max(int(n) for n in re.findall(r"STACK:(\d+)", usage)),
         shared=made.metadata.shared,
+        hash=made.metadata.hash,
         opcodes=opcodes,
     )
 
