@@ -1,0 +1,1 @@
+"""Micro-benchmarks of the ops and, later, of whole training steps."""

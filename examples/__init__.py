@@ -1,0 +1,1 @@
+"""Runnable examples; each is a plain script that prints stock against accelerated."""

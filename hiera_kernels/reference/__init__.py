@@ -1,0 +1,6 @@
+"""The specification: every op as a pure function in plain PyTorch."""
+
+from hiera_kernels.reference.attention import mask_unit_attention, q_pool
+from hiera_kernels.reference.token_order import embed_tokens, reroll, reroll_masked, unroll
+
+__all__ = ["embed_tokens", "mask_unit_attention", "q_pool", "reroll", "reroll_masked", "unroll"]

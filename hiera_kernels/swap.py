@@ -1,0 +1,114 @@
+"""`accelerate`, `explain`, `restore`: the only place that knows both the modules of a model and the ops."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from hiera_kernels.adapters import TARGETS
+from hiera_kernels.ops.calling import has_kernel
+from hiera_kernels.recognise import Target, refusal
+from hiera_kernels.report import Line, Report
+from hiera_kernels.subclass import swap_class, target_of, unswap_class
+
+
+def accelerate(model: nn.Module) -> Report:
+    """Make the model's own modules call this package's ops. In place; parameters, names and numbers stay.
+
+    Modules are recognised by their attributes and then compared with the op on small look-alikes, on the CPU, in
+    training and in eval mode, outputs and gradients; what differs is left alone and reported. Nothing of the model is
+    run, no hook is called and no random number drawn, so it may be on any device, sharded, compiled, or without data
+    (meta device). May be called again, and before or after `.to()`, `torch.compile`, DDP, `fully_shard`, and loading
+    weights. A stored model accelerates itself when it is loaded.
+
+    Args:
+        model: Any module; its submodules are searched (through DDP's `.module` and a compiled module's `_orig_mod`
+            too).
+
+    Returns:
+        A report; `print` it for a table.
+
+    Raises:
+        TypeError: if `model` is no `torch.nn.Module`.
+        ValueError: if no module even resembles what is looked for.
+    """
+    findings = _examine(model)
+    if not findings:
+        wanted = "; ".join(target.looks_for for target in TARGETS)
+        raise ValueError(f"nothing to accelerate in {type(model).__name__}; looked for: {wanted}")
+    for finding in findings:
+        if finding.reason is not None:
+            unswap_class(finding.module)
+        elif target_of(finding.module) is None:
+            try:
+                swap_class(finding.module, finding.target)
+            except TypeError as error:  # a metaclass or __init_subclass__ that wants arguments, or __slots__
+                finding.reason = f"its class cannot be extended ({error})"
+    return _report(model, findings)
+
+
+def explain(model: nn.Module) -> Report:
+    """What `accelerate(model)` would do, and why not more. Changes nothing and runs nothing of the model.
+
+    Args:
+        model: As for `accelerate`.
+
+    Returns:
+        The report that `accelerate` would return; an empty one where it would raise ValueError.
+
+    Raises:
+        TypeError: if `model` is no `torch.nn.Module`.
+    """
+    return _report(model, _examine(model))
+
+
+def restore(model: nn.Module) -> None:
+    """Undo `accelerate`: every module has the class again that it had. Nothing happens to a model that is plain.
+
+    Args:
+        model: As for `accelerate`.
+
+    Raises:
+        TypeError: if `model` is no `torch.nn.Module`.
+    """
+    for module in _checked(model).modules():
+        unswap_class(module)
+
+
+@dataclass
+class _Finding:
+    path: str
+    module: nn.Module
+    target: Target
+    reason: str | None  # why not
+
+
+def _examine(model: nn.Module) -> list[_Finding]:
+    """Every module that resembles a target. All questions are asked here, before anything changes."""
+    findings = []
+    for path, module in _checked(model).named_modules():
+        target = target_of(module) or next((t for t in TARGETS if t.resembles(module)), None)
+        if target is not None:
+            findings.append(_Finding(path, module, target, refusal(module, target)))
+    return findings
+
+
+def _report(model: nn.Module, findings: list[_Finding]) -> Report:
+    device = next((tensor.device.type for tensor in model.parameters()), "cpu")
+    report = Report()
+    for finding in findings:
+        if finding.reason is None:
+            report.replaced.append(Line(finding.path, _says(finding.target, device)))
+        else:
+            report.skipped.append(Line(finding.path, f"{type(finding.module).__name__}: {finding.reason}"))
+    return report
+
+
+def _says(target: Target, device: str) -> str:
+    how = "compiled kernel" if any(has_kernel(op, device) for op in target.ops) else "plain PyTorch, no kernel"
+    return f"{target.method} -> {', '.join(target.ops)} ({how} for {device})"
+
+
+def _checked(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return model
