@@ -1,0 +1,265 @@
+"""Mask-unit attention, forward, as one Triton kernel: query max-pooling, softmax(q k^T) v, the layout of the tokens.
+
+Letters are those of the dictionary (B N W P S K H D C). A *unit* is one head of one window; units are counted with the head
+fastest, ``u = (b*W + w)*H + h``. Token j of a window is row ``n = j*W + w`` of the packed qkv, so the rows of a unit are W*3*C
+elements apart and start at ``((b*K*W + w)*3*H + h)*D``: the kernel reads and writes the tensors where they lie.
+
+A program holds PACK units side by side. With PACK = 1 its tiles are [rows, columns] and its warps share them; with more
+they are [PACK, rows, columns], `tl.dot` is batched, and each warp has units of its own. Units never meet in a product, so
+an inf or NaN in one cannot reach its neighbours, as it would through the zeros of a block-diagonal mask. A program
+may do ROUNDS such tiles one after another: two heads of D = 56 or 72 share a 32-byte sector, which one program then owns.
+
+D that is no power of two is two chunks of columns, D0 + D1 (96 = 64 + 32, 72 = 64 + 8 in a chunk of 16), D1 may be 0.
+"""
+
+import contextlib
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from hiera_kernels.kernels.launch_table import MAX_KEYS, Launch, tiles
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+MAX_STRIDE = 16
+
+
+# ---- addresses and tiles: what the forward and the backward kernels share ----
+
+
+@triton.jit
+def units(i_tile, num_units, num_windows, num_heads, PACK: tl.constexpr):
+    """Image, window, head, number and existence of the units of a tile: scalars (PACK = 1) or [PACK, 1, 1]."""
+    if PACK == 1:
+        i_unit = i_tile
+    else:
+        i_unit = (i_tile * PACK + tl.arange(0, PACK))[:, None, None]
+    i_head = i_unit % num_heads
+    i_window = i_unit // num_heads
+    i_image = (i_window // num_windows).to(tl.int64)
+    return i_image, i_window % num_windows, i_head, i_unit, i_unit < num_units
+
+
+@triton.jit
+def token_step(num_windows, channels, WIDE: tl.constexpr):
+    """Elements between two tokens of a window, for one row of C a token."""
+    if WIDE:
+        num_windows = num_windows.to(tl.int64)
+    return num_windows * channels
+
+
+@triton.jit
+def rows(START, LENGTH: tl.constexpr, PACK: tl.constexpr):
+    """Indices that run along the rows of a tile: [LENGTH, 1], or [1, LENGTH, 1] in a packed tile."""
+    o_row = START + tl.arange(0, LENGTH)
+    if PACK == 1:
+        return o_row[:, None]
+    else:
+        return o_row[None, :, None]
+
+
+@triton.jit
+def columns(START, LENGTH: tl.constexpr, PACK: tl.constexpr):
+    """Indices that run along the columns of a tile: [1, LENGTH], or [1, 1, LENGTH] in a packed tile."""
+    o_column = START + tl.arange(0, LENGTH)
+    if PACK == 1:
+        return o_column[None, :]
+    else:
+        return o_column[None, None, :]
+
+
+@triton.jit
+def load_rows(p_unit, o_rows, m_rows, START: tl.constexpr, LENGTH: tl.constexpr, D: tl.constexpr, PACK: tl.constexpr):
+    """Columns START ... START + LENGTH of D; zero where a row or a column is padding."""
+    o_d = columns(START, LENGTH, PACK)
+    if START + LENGTH > D:
+        m_rows = m_rows & (o_d < D)
+    return tl.load(p_unit + (o_rows + o_d), mask=m_rows, other=0.0)
+
+
+@triton.jit
+def store_rows(
+    p_unit, o_rows, m_rows, b_x, START: tl.constexpr, LENGTH: tl.constexpr, D: tl.constexpr, PACK: tl.constexpr
+):
+    """The inverse of load_rows: padding is not written."""
+    o_d = columns(START, LENGTH, PACK)
+    if START + LENGTH > D:
+        m_rows = m_rows & (o_d < D)
+    tl.store(p_unit + (o_rows + o_d), b_x.to(p_unit.dtype.scalar.element_ty), mask=m_rows)
+
+
+@triton.jit
+def load_pooled(
+    p_unit, o_rows, m_rows, stride, P: tl.constexpr, START: tl.constexpr, LENGTH: tl.constexpr, D: tl.constexpr,
+    PACK: tl.constexpr,
+):  # fmt: skip
+    """Maximum over P tiles that are `stride` elements apart; NaN wins, as in torch.max."""
+    b_max = load_rows(p_unit, o_rows, m_rows, START, LENGTH, D, PACK)
+    for i_p in tl.static_range(1, P):
+        b_x = load_rows(p_unit + i_p * stride, o_rows, m_rows, START, LENGTH, D, PACK)
+        # Not tl.maximum, which answers in fp32 for two bf16. Once b_max is NaN, both comparisons with a number fail.
+        b_max = tl.where((b_x > b_max) | (b_x != b_x), b_x, b_max)
+    if P > 1:
+        # Padding is zero already. A value that does not come from loads alone keeps Triton from moving the conversion to
+        # tl.dot's register layout up through the maximum, where it would be made P times.
+        b_max = tl.where(m_rows, b_max, 0.0)
+    return b_max
+
+
+# ---- the kernel ----
+
+
+@triton.jit(do_not_specialize=["num_units", "num_windows", "num_heads"])
+def _forward_kernel(
+    p_qkv, p_out, p_lse, num_units, num_windows, num_heads, scale,
+    P: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    PACK: tl.constexpr, ROUNDS: tl.constexpr, WIDE: tl.constexpr, SAVE_LSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    K: tl.constexpr = P * S
+    BLOCKS: tl.constexpr = (S + BLOCK_S - 1) // BLOCK_S
+    channels = num_heads * D
+    step = token_step(num_windows, channels, WIDE)
+    i_block = tl.program_id(0) % BLOCKS
+    o_s = rows(i_block * BLOCK_S, BLOCK_S, PACK)
+    o_k = rows(0, BLOCK_K, PACK)
+    for i_round in range(ROUNDS):
+        i_tile = tl.program_id(0) // BLOCKS * ROUNDS + i_round
+        i_image, i_window, i_head, i_unit, m_unit = units(i_tile, num_units, num_windows, num_heads, PACK)
+        p_unit = p_qkv + ((i_image * num_windows * K + i_window) * (3 * channels) + i_head * D)
+        m_s = m_unit & (o_s < S)
+        m_k = m_unit & (o_k < K)
+
+        # Every load comes before the first product: the more bytes in flight, the nearer to the bandwidth of the memory.
+        # [S, D0], [K, D0], [K, D0]
+        b_q0 = load_pooled(p_unit, o_s * (3 * step), m_s, S * (3 * step), P, 0, D0, D, PACK)
+        b_k0 = load_rows(p_unit + channels, o_k * (3 * step), m_k, 0, D0, D, PACK)
+        b_v0 = load_rows(p_unit + 2 * channels, o_k * (3 * step), m_k, 0, D0, D, PACK)
+        if D1 > 0:
+            # [S, D1], [K, D1], [K, D1]
+            b_q1 = load_pooled(p_unit, o_s * (3 * step), m_s, S * (3 * step), P, D0, D1, D, PACK)
+            b_k1 = load_rows(p_unit + channels, o_k * (3 * step), m_k, D0, D1, D, PACK)
+            b_v1 = load_rows(p_unit + 2 * channels, o_k * (3 * step), m_k, D0, D1, D, PACK)
+
+        # [S, K], logits in units of log 2
+        b_x = tl.dot(b_q0, tl.trans(b_k0), input_precision=PRECISION)
+        if D1 > 0:
+            b_x = tl.dot(b_q1, tl.trans(b_k1), b_x, input_precision=PRECISION)
+        b_x *= scale * LOG2_E
+        if BLOCK_K > K:
+            b_x = tl.where(columns(0, BLOCK_K, PACK) < K, b_x, float("-inf"))
+        # [S, 1]. Rows are whole, so a row of -inf or with +inf becomes NaN just where softmax makes it NaN.
+        b_max = tl.max(b_x, -1, keep_dims=True)
+        # [S, K]
+        b_p = tl.exp2(b_x - b_max)
+        # [S, 1]
+        b_sum = tl.sum(b_p, -1, keep_dims=True)
+
+        # [S, K], in the dtype of v
+        b_weight = b_p.to(p_qkv.dtype.element_ty)
+        p_row = p_out + ((i_image * num_windows * S + i_window) * channels + i_head * D)
+        # [S, D0]
+        b_out0 = tl.dot(b_weight, b_v0, input_precision=PRECISION) / b_sum
+        store_rows(p_row, o_s * step, m_s, b_out0, 0, D0, D, PACK)
+        if D1 > 0:
+            # [S, D1]
+            b_out1 = tl.dot(b_weight, b_v1, input_precision=PRECISION) / b_sum
+            store_rows(p_row, o_s * step, m_s, b_out1, D0, D1, D, PACK)
+        if SAVE_LSE:
+            tl.store(p_lse + (i_unit.to(tl.int64) * S + o_s), (b_max + tl.log2(b_sum)) * LN_2, mask=m_s)
+
+
+# ---- launch ----
+
+
+def supports(qkv: torch.Tensor, num_heads: int, num_windows: int = 1, q_stride: int = 1) -> str | None:
+    """Why the kernels cannot serve this legal input, in words; None if they can."""
+    tokens, head_dim = qkv.shape[1], qkv.shape[2] // (3 * num_heads)
+    keys = tokens // num_windows
+    if qkv.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"no fused kernel computes in {qkv.dtype}"
+    if head_dim % 8 != 0 or not 8 <= head_dim <= 128:
+        return f"the head dimension is {head_dim}; the fused kernels take multiples of 8 up to 128"
+    if not 1 <= keys <= MAX_KEYS:
+        return f"a window has {keys} keys; the fused kernels take 1 to {MAX_KEYS}"
+    if q_stride > MAX_STRIDE:
+        return f"q_stride is {q_stride}; the fused kernels take up to {MAX_STRIDE}"
+    return None
+
+
+def matmul_precision(dtype: torch.dtype) -> str:
+    """How fp32 inputs are multiplied: "tf32" where the user allowed PyTorch to, else "ieee"."""
+    if dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee"
+
+
+def sizes(qkv: torch.Tensor, num_heads: int, num_windows: int, q_stride: int, scale: float | None) -> tuple:
+    """Run-time arguments and constexprs that every attention kernel has: units, windows, heads, scale; P, S, D, ..."""
+    batch, tokens, width = qkv.shape
+    head_dim = width // (3 * num_heads)
+    arguments = {
+        "num_units": batch * num_windows * num_heads,
+        "num_windows": num_windows,
+        "num_heads": num_heads,
+        "scale": head_dim**-0.5 if scale is None else float(scale),
+    }
+    constexprs = {
+        "P": q_stride,
+        "S": tokens // (num_windows * q_stride),
+        "D": head_dim,
+        "WIDE": tokens * width >= 2**31,
+        "PRECISION": matmul_precision(qkv.dtype),
+    }
+    return arguments, constexprs
+
+
+@functools.cache
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """(major, minor) of a CUDA device; (0, 0) for the CPU of the interpreter."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device: make it the one of `x`."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def plan_forward(qkv, out, lse, num_heads, num_windows, q_stride, scale, capability) -> list[Launch]:
+    """The launches of a forward: qkv and out contiguous, lse empty if it is not wanted. Looks at no data."""
+    arguments, constexprs = sizes(qkv, num_heads, num_windows, q_stride, scale)
+    queries = constexprs["S"]
+    tile = tiles("forward", queries, q_stride, constexprs["D"], qkv.element_size(), capability)
+    constexprs |= {"BLOCK_S": tile.block_s, "BLOCK_K": tile.block_k, "D0": tile.d0, "D1": tile.d1}
+    constexprs |= {"PACK": tile.pack, "ROUNDS": tile.rounds, "SAVE_LSE": lse.numel() > 0}
+    grid = triton.cdiv(arguments["num_units"], tile.pack * tile.rounds) * triton.cdiv(queries, tile.block_s)
+    arguments = {"p_qkv": qkv, "p_out": out, "p_lse": lse, **arguments}
+    return [Launch(_forward_kernel, grid, arguments, constexprs, tile.num_warps, tile.num_stages)]
+
+
+def mask_unit_attention_forward(
+    qkv: torch.Tensor,
+    num_heads: int,
+    num_windows: int = 1,
+    q_stride: int = 1,
+    scale: float | None = None,
+    save_lse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the forward kernel: qkv [B, N, 3*C], any strides -> out [B, N/P, C], lse [B, W, H, S] fp32 or empty.
+
+    The input is one that `supports` has nothing against. Runs on the device of qkv; in Triton's interpreter also on CPU.
+    """
+    batch, tokens, width = qkv.shape
+    qkv = qkv.contiguous()
+    out = qkv.new_empty(batch, tokens // q_stride, width // 3)
+    shape = (batch, num_windows, num_heads, tokens // (num_windows * q_stride)) if save_lse else (0,)
+    lse = qkv.new_empty(shape, dtype=torch.float32)
+    if out.numel() > 0:
+        with on_device(qkv):
+            for launch in plan_forward(
+                qkv, out, lse, num_heads, num_windows, q_stride, scale, compute_capability(qkv.device)
+            ):
+                launch.run()
+    return out, lse
