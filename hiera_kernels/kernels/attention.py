@@ -1,114 +1,36 @@
 """Mask-unit attention, forward, as one Triton kernel: query max-pooling, softmax(q k^T) v, the layout of the tokens.
 
-Letters are those of the dictionary (B N W P S K H D C). A *unit* is one head of one window; units are counted with the head
-fastest, ``u = (b*W + w)*H + h``. Token j of a window is row ``n = j*W + w`` of the packed qkv, so the rows of a unit are W*3*C
-elements apart and start at ``((b*K*W + w)*3*H + h)*D``: the kernel reads and writes the tensors where they lie.
+Letters are those of the dictionary (B N W P S K H D C). A *unit* is one head of one window; units are counted with the
+head fastest, ``u = (b*W + w)*H + h``. Token j of a window is row ``n = j*W + w`` of the packed qkv, so the rows of a
+unit are W*3*C elements apart and start at ``((b*K*W + w)*3*H + h)*D``: the kernel reads and writes in place.
 
 A program holds PACK units side by side. With PACK = 1 its tiles are [rows, columns] and its warps share them; with more
-they are [PACK, rows, columns], `tl.dot` is batched, and each warp has units of its own. Units never meet in a product, so
-an inf or NaN in one cannot reach its neighbours, as it would through the zeros of a block-diagonal mask. A program
-may do ROUNDS such tiles one after another: two heads of D = 56 or 72 share a 32-byte sector, which one program then owns.
+they are [PACK, rows, columns], `tl.dot` is batched, and each warp has units of its own. Units never meet in a product,
+so an inf or NaN in one cannot reach its neighbours, as it would through the zeros of a block-diagonal mask. A program
+may do ROUNDS such tiles one after another: two heads of D = 56 or 72 share a 32-byte sector, and one program does both.
 
-D that is no power of two is two chunks of columns, D0 + D1 (96 = 64 + 32, 72 = 64 + 8 in a chunk of 16), D1 may be 0.
+D that is no power of two is two chunks of columns, D0 + D1 (96 = 64 + 32, 72 = 64 + 8 in a chunk of 16); D1 may be 0.
+Rows of K keys are whole in a program, so that softmax needs no running maximum; queries may take several programs.
 """
-
-import contextlib
-import functools
 
 import torch
 import triton
 import triton.language as tl
 
-from hiera_kernels.kernels.launch_table import MAX_KEYS, Launch, tiles
+from hiera_kernels.kernels.launch_table import MAX_KEYS, Launch, compute_capability, on_device, tiles
+from hiera_kernels.kernels.tile_access import (
+    LN_2,
+    LOG2_E,
+    columns,
+    load_pooled,
+    load_rows,
+    rows,
+    store_rows,
+    token_step,
+    units,
+)
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 MAX_STRIDE = 16
-
-
-# ---- addresses and tiles: what the forward and the backward kernels share ----
-
-
-@triton.jit
-def units(i_tile, num_units, num_windows, num_heads, PACK: tl.constexpr):
-    """Image, window, head, number and existence of the units of a tile: scalars (PACK = 1) or [PACK, 1, 1]."""
-    if PACK == 1:
-        i_unit = i_tile
-    else:
-        i_unit = (i_tile * PACK + tl.arange(0, PACK))[:, None, None]
-    i_head = i_unit % num_heads
-    i_window = i_unit // num_heads
-    i_image = (i_window // num_windows).to(tl.int64)
-    return i_image, i_window % num_windows, i_head, i_unit, i_unit < num_units
-
-
-@triton.jit
-def token_step(num_windows, channels, WIDE: tl.constexpr):
-    """Elements between two tokens of a window, for one row of C a token."""
-    if WIDE:
-        num_windows = num_windows.to(tl.int64)
-    return num_windows * channels
-
-
-@triton.jit
-def rows(START, LENGTH: tl.constexpr, PACK: tl.constexpr):
-    """Indices that run along the rows of a tile: [LENGTH, 1], or [1, LENGTH, 1] in a packed tile."""
-    o_row = START + tl.arange(0, LENGTH)
-    if PACK == 1:
-        return o_row[:, None]
-    else:
-        return o_row[None, :, None]
-
-
-@triton.jit
-def columns(START, LENGTH: tl.constexpr, PACK: tl.constexpr):
-    """Indices that run along the columns of a tile: [1, LENGTH], or [1, 1, LENGTH] in a packed tile."""
-    o_column = START + tl.arange(0, LENGTH)
-    if PACK == 1:
-        return o_column[None, :]
-    else:
-        return o_column[None, None, :]
-
-
-@triton.jit
-def load_rows(p_unit, o_rows, m_rows, START: tl.constexpr, LENGTH: tl.constexpr, D: tl.constexpr, PACK: tl.constexpr):
-    """Columns START ... START + LENGTH of D; zero where a row or a column is padding."""
-    o_d = columns(START, LENGTH, PACK)
-    if START + LENGTH > D:
-        m_rows = m_rows & (o_d < D)
-    return tl.load(p_unit + (o_rows + o_d), mask=m_rows, other=0.0)
-
-
-@triton.jit
-def store_rows(
-    p_unit, o_rows, m_rows, b_x, START: tl.constexpr, LENGTH: tl.constexpr, D: tl.constexpr, PACK: tl.constexpr
-):
-    """The inverse of load_rows: padding is not written."""
-    o_d = columns(START, LENGTH, PACK)
-    if START + LENGTH > D:
-        m_rows = m_rows & (o_d < D)
-    tl.store(p_unit + (o_rows + o_d), b_x.to(p_unit.dtype.scalar.element_ty), mask=m_rows)
-
-
-@triton.jit
-def load_pooled(
-    p_unit, o_rows, m_rows, stride, P: tl.constexpr, START: tl.constexpr, LENGTH: tl.constexpr, D: tl.constexpr,
-    PACK: tl.constexpr,
-):  # fmt: skip
-    """Maximum over P tiles that are `stride` elements apart; NaN wins, as in torch.max."""
-    b_max = load_rows(p_unit, o_rows, m_rows, START, LENGTH, D, PACK)
-    for i_p in tl.static_range(1, P):
-        b_x = load_rows(p_unit + i_p * stride, o_rows, m_rows, START, LENGTH, D, PACK)
-        # Not tl.maximum, which answers in fp32 for two bf16. Once b_max is NaN, both comparisons with a number fail.
-        b_max = tl.where((b_x > b_max) | (b_x != b_x), b_x, b_max)
-    if P > 1:
-        # Padding is zero already. A value that does not come from loads alone keeps Triton from moving the conversion to
-        # tl.dot's register layout up through the maximum, where it would be made P times.
-        b_max = tl.where(m_rows, b_max, 0.0)
-    return b_max
-
-
-# ---- the kernel ----
 
 
 @triton.jit(do_not_specialize=["num_units", "num_windows", "num_heads"])
@@ -214,17 +136,6 @@ def sizes(qkv: torch.Tensor, num_heads: int, num_windows: int, q_stride: int, sc
         "PRECISION": matmul_precision(qkv.dtype),
     }
     return arguments, constexprs
-
-
-@functools.cache
-def compute_capability(device: torch.device) -> tuple[int, int]:
-    """(major, minor) of a CUDA device; (0, 0) for the CPU of the interpreter."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-
-
-def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device: make it the one of `x`."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def plan_forward(qkv, out, lse, num_heads, num_windows, q_stride, scale, capability) -> list[Launch]:

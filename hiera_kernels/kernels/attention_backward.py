@@ -1,105 +1,30 @@
-"""Mask-unit attention, backward."""
+"""Mask-unit attention, backward: the kernel of windows up to 64 keys, and the launch of all windows.
+
+One program has a whole window in hand, so it recomputes the softmax from qkv alone: the forward saves nothing, and the
+row sums of P * dP need no pass over the output. Every byte is read and written once, without atomics, in one fixed order.
+How tiles lie in memory: attention.py. Longer windows: attention_backward_long.py.
+"""
 
 import torch
 import triton
 import triton.language as tl
 
-from hiera_kernels.kernels.attention import (
-    LOG2_E,
+from hiera_kernels.kernels.attention import sizes
+from hiera_kernels.kernels.attention_backward_long import parts, plan_long
+from hiera_kernels.kernels.launch_table import SMALL_KEYS, Launch, compute_capability, on_device, tiles
+from hiera_kernels.kernels.tile_access import (
     columns,
-    compute_capability,
+    load_pooled_ties,
     load_rows,
-    on_device,
     rows,
-    sizes,
+    shares,
+    softmax_and_lse,
     store_rows,
+    store_sum,
+    store_unpooled,
     token_step,
     units,
 )
-from hiera_kernels.kernels.launch_table import Launch, tiles
-
-
-@triton.jit
-def load_pooled_ties(
-    p_unit, o_rows, m_rows, stride, P: tl.constexpr, START: tl.constexpr, LENGTH: tl.constexpr, D: tl.constexpr,
-    PACK: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """load_pooled, and beside the maximum a bit for each of the P tiles that attains it.
-
-    A NaN is the maximum, and equals nothing: it leaves the bit of the first NaN or, in SPLIT mode, none.
-    """
-    b_max = load_rows(p_unit, o_rows, m_rows, START, LENGTH, D, PACK)
-    b_bits = tl.full(b_max.shape, 1, tl.int32)
-    if SPLIT:
-        b_bits = (b_max == b_max).to(tl.int32)
-    for i_p in tl.static_range(1, P):
-        b_x = load_rows(p_unit + i_p * stride, o_rows, m_rows, START, LENGTH, D, PACK)
-        b_larger = (b_x > b_max) | ((b_x != b_x) & (b_max == b_max))
-        b_bits = tl.where(b_x == b_max, b_bits | (1 << i_p), b_bits)
-        if SPLIT:
-            b_bits = tl.where(b_larger, (b_x == b_x).to(tl.int32) << i_p, b_bits)
-        else:
-            b_bits = tl.where(b_larger, 1 << i_p, b_bits)
-        b_max = tl.where(b_larger, b_x, b_max)
-    if P > 1:
-        b_max = tl.where(m_rows, b_max, 0.0)  # as in load_pooled
-    return b_max, b_bits
-
-
-@triton.jit
-def softmax(b_x, scale, m_key, PADDED: tl.constexpr):
-    """Normalised rows of exp(scale * x), fp32; zero in padded columns unless the row is NaN."""
-    b_x = b_x * (scale * LOG2_E)
-    if PADDED:
-        b_x = tl.where(m_key, b_x, float("-inf"))
-    b_p = tl.exp2(b_x - tl.max(b_x, -1, keep_dims=True))
-    return b_p / tl.sum(b_p, -1, keep_dims=True)
-
-
-@triton.jit
-def store_sum(
-    p_unit, b_x, m_rows, m_unit, START: tl.constexpr, LENGTH: tl.constexpr, D: tl.constexpr, PACK: tl.constexpr
-):
-    """The sum of the rows of a tile, in fp32; padding is not summed."""
-    b_sum = tl.sum(tl.where(m_rows, b_x, 0.0), -2, keep_dims=True)
-    store_rows(p_unit, rows(0, 1, PACK), m_unit & (rows(0, 1, PACK) == 0), b_sum, START, LENGTH, D, PACK)
-
-
-@triton.jit
-def shares(b_bits, o_p, P: tl.constexpr, SPLIT: tl.constexpr):
-    """Among how many tokens the o_p-th one of P shares the gradient of their maximum, itself included; 0 if it has none."""
-    if SPLIT:
-        b_ties = tl.zeros(b_bits.shape, tl.int32)
-        for i_p in tl.static_range(P):
-            b_ties += (b_bits >> i_p) & 1
-        b_ties = b_ties.to(tl.float32)
-        # No bit at all: a NaN, to which amax gives 0 / 0.
-        b_ties = tl.where(b_bits == 0, float("nan"), b_ties * ((b_bits >> o_p) & 1).to(tl.float32))
-    else:
-        b_ties = (((b_bits & -b_bits) >> o_p) & 1).to(tl.float32)
-    return b_ties
-
-
-@triton.jit
-def store_unpooled(
-    p_unit, o_rows, m_rows, stride, b_grad, b_ties, o_p, P: tl.constexpr, COPIES: tl.constexpr, SPLIT: tl.constexpr,
-    START: tl.constexpr, LENGTH: tl.constexpr, D: tl.constexpr, PACK: tl.constexpr,
-):  # fmt: skip
-    """The gradient of the maximum to each of the P tokens, those of COPIES rows of a tile at once.
-
-    b_ties holds bits, or shares already if SPLIT and COPIES > 1.
-    """
-    for i_p in tl.static_range(0, P, COPIES):
-        b_part = b_grad
-        if P > 1:
-            if SPLIT and COPIES > 1:
-                b_share = b_ties.to(tl.float32)
-            else:
-                b_share = shares(b_ties, o_p + i_p, P, SPLIT)
-            if SPLIT:
-                b_part = b_grad / b_share
-            b_part = tl.where(b_share == 0.0, 0.0, b_part)
-        store_rows(p_unit + i_p * stride, o_rows, m_rows, b_part, START, LENGTH, D, PACK)
 
 
 @triton.jit(do_not_specialize=["num_units", "num_windows", "num_heads"])
@@ -156,7 +81,7 @@ def _backward_kernel(
         b_x = tl.dot(b_q0, tl.trans(b_k0), input_precision=PRECISION)
         if D1 > 0:
             b_x = tl.dot(b_q1, tl.trans(b_k1), b_x, input_precision=PRECISION)
-        b_p = softmax(b_x, scale, m_key, BLOCK_K > K)
+        b_p, _ = softmax_and_lse(b_x, scale, m_key, BLOCK_K > K)
         # [S, K]
         b_dp = tl.dot(b_do0, tl.trans(b_v0), input_precision=PRECISION)
         if D1 > 0:
@@ -207,22 +132,36 @@ def _backward_kernel(
 # ---- launch ----
 
 
-def plan_backward(
-    grad_out, qkv, grad_qkv, partial, num_heads, num_windows, q_stride, scale, ties, capability
-) -> list[Launch]:
-    """The launches of a backward, in order. All tensors contiguous; partial [B*W, 3*C] fp32, or empty."""
-    arguments, constexprs = sizes(qkv, num_heads, num_windows, q_stride, scale)
-    arguments = {"p_grad": grad_out, "p_qkv": qkv, "p_grad_qkv": grad_qkv, "p_bias": partial, **arguments}
-    constexprs |= {"SPLIT": ties == "split", "BIAS_GRAD": partial.numel() > 0}
-    return [_plan_small(arguments, constexprs, qkv.element_size(), capability)]
-
-
-def _plan_small(arguments, constexprs, itemsize, capability) -> Launch:
+def plan_short(arguments, constexprs, itemsize, capability) -> Launch:
+    """The one launch, from what `plan_backward` prepares."""
     tile = tiles("backward", constexprs["S"], constexprs["P"], constexprs["D"], itemsize, capability)
-    constexprs |= {"BLOCK_S": tile.block_s, "BLOCK_K": tile.block_k, "D0": tile.d0, "D1": tile.d1}
+    constexprs = {"BLOCK_S": tile.block_s, "BLOCK_K": tile.block_k, "D0": tile.d0, "D1": tile.d1, **constexprs}
     constexprs |= {"COPIES": tile.copies, "PACK": tile.pack, "ROUNDS": tile.rounds}
     grid = triton.cdiv(arguments["num_units"], tile.pack * tile.rounds)
     return Launch(_backward_kernel, grid, arguments, constexprs, tile.num_warps, tile.num_stages)
+
+
+def partial_sums(qkv, num_heads, num_windows, q_stride, capability) -> torch.Tensor:
+    """Where the kernels leave the sums over the rows of grad_qkv that each had in hand: [B*W, parts, 3*C] fp32."""
+    batch, tokens, width = qkv.shape
+    queries, head_dim = tokens // (num_windows * q_stride), width // (3 * num_heads)
+    count = 1
+    if q_stride * queries > SMALL_KEYS:
+        count = parts(queries, q_stride, head_dim, qkv.element_size(), capability)
+    # Zeros: where there are more blocks of keys than of queries, nobody writes the last sums of q.
+    return qkv.new_zeros(batch * num_windows, count, width, dtype=torch.float32)
+
+
+def plan_backward(
+    grad_out, qkv, grad_qkv, partial, num_heads, num_windows, q_stride, scale, ties, capability
+) -> list[Launch]:
+    """The launches of a backward, in order. All tensors contiguous; partial is `partial_sums`, or empty if not wanted."""
+    arguments, constexprs = sizes(qkv, num_heads, num_windows, q_stride, scale)
+    arguments = {"p_grad": grad_out, "p_qkv": qkv, "p_grad_qkv": grad_qkv, "p_bias": partial, **arguments}
+    constexprs |= {"SPLIT": ties == "split", "BIAS_GRAD": partial.numel() > 0}
+    if q_stride * constexprs["S"] > SMALL_KEYS:
+        return plan_long(arguments, constexprs, qkv.element_size(), capability)
+    return [plan_short(arguments, constexprs, qkv.element_size(), capability)]
 
 
 def mask_unit_attention_backward(
@@ -235,20 +174,22 @@ def mask_unit_attention_backward(
     ties: str = "first",
     bias_grad: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the backward kernels: grad_out [B, N/P, C], qkv [B, N, 3*C], any strides -> grad_qkv, and its sum or empty.
+    """Launch the backward kernels: grad_out [B, N/P, C], qkv [B, N, 3*C], any strides -> grad_qkv, and its sum.
 
-    The input is one that `supports` has nothing against. With bias_grad, [3*C] fp32: grad_qkv summed over B and N before it
-    is rounded, in two stages whose order never changes. Runs on the device of qkv; in Triton's interpreter also on CPU.
+    The input is one that `supports` has nothing against. With bias_grad, the sum is [3*C] fp32: grad_qkv over B and N
+    before it is rounded, in two stages whose order never changes; else it is empty. Runs on the device of qkv; in
+    Triton's interpreter also on CPU.
     """
-    batch, _, width = qkv.shape
     qkv, grad_out = qkv.contiguous(), grad_out.contiguous()
     grad_qkv = torch.empty_like(qkv)
-    partial = qkv.new_empty((batch * num_windows, width) if bias_grad else (0,), dtype=torch.float32)
+    capability = compute_capability(qkv.device)
+    if bias_grad:
+        partial = partial_sums(qkv, num_heads, num_windows, q_stride, capability)
+    else:
+        partial = qkv.new_empty(0, dtype=torch.float32)
     if grad_qkv.numel() > 0:
+        args = (num_heads, num_windows, q_stride, scale, ties, capability)
         with on_device(qkv):
-            for launch in plan_backward(
-                grad_out, qkv, grad_qkv, partial, num_heads, num_windows, q_stride, scale, ties,
-                compute_capability(qkv.device),
-            ):  # fmt: skip
+            for launch in plan_backward(grad_out, qkv, grad_qkv, partial, *args):
                 launch.run()
-    return grad_qkv, partial.sum(0) if bias_grad else partial
+    return grad_qkv, partial.sum((0, 1)) if bias_grad else partial

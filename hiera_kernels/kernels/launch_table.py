@@ -4,8 +4,11 @@ Rules give a configuration to every legal shape; `TUNED` overrules them where a 
 model runs: a kernel is compiled once for each configuration.
 """
 
+import contextlib
+import functools
 from typing import Any, NamedTuple
 
+import torch
 from triton import next_power_of_2
 
 MAX_KEYS = 256
@@ -65,6 +68,8 @@ def columns(head_dim: int, least: int = 16) -> tuple[int, int]:
 def tiles(direction: str, S: int, P: int, D: int, itemsize: int, capability: tuple[int, int]) -> Tiles:
     """The configuration of one kernel: "forward", "backward" (K <= 64), "backward_q" or "backward_kv" (longer rows)."""
     K = P * S
+    if direction == "backward_kv":
+        return _blocks_of_keys(S, P, D, itemsize, capability)
     block_k = max(MIN_ROWS, next_power_of_2(K))
     if block_k <= 32:
         found = _packed(direction, S, P, D, block_k)
@@ -86,3 +91,21 @@ def _packed(direction: str, S: int, P: int, D: int, block_k: int) -> Tiles:
     if direction == "backward" and P > 1 and S < MIN_ROWS:
         copies, block_s = P, block_k
     return Tiles(block_s, block_k, *columns(D), pack=4, copies=copies)
+
+
+def _blocks_of_keys(S: int, P: int, D: int, itemsize: int, capability: tuple[int, int]) -> Tiles:
+    """Longer rows, gradients of k and v: a block of keys stays, blocks of queries come by."""
+    block_s = max(MIN_ROWS, min(64, next_power_of_2(S)))
+    found = Tiles(block_s, 64, *columns(D))
+    return found._replace(**TUNED.get(("backward_kv", S, P * S, D, 8 * itemsize, capability[0]), {}))
+
+
+@functools.cache
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """(major, minor) of a CUDA device; (0, 0) for the CPU of the interpreter."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device: make it the one of `x`."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
