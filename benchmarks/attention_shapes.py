@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 
-import hiera
 import torch
+
+import hiera
 
 # Fraction of mask units that pre-training hides (arXiv 2306.00989, section 4 and appendix), by spatial dimensions.
 MASK_RATIO = {2: 0.6, 3: 0.9}

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.attention_shapes import AttentionShape, distinct, published
+from hiera_kernels.kernels import attention, attention_backward
+from hiera_kernels.kernels.launch_table import MAX_KEYS, Launch
 from tests.gates.compiled import CAPABILITIES, Job
 
-MAX_KEYS = 256  # longer rows go to scaled_dot_product_attention
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # (S, P) that no published model has: odd, pooled by 2, just below and above a block; D likewise.
 ODD_ROWS = ((1, 1), (7, 1), (49, 4), (64, 4), (65, 1), (33, 2), (128, 2), (256, 1), (25, 9), (16, 8))
@@ -28,11 +29,36 @@ class Variant:
     dtype: str = "bf16"
     ties: str = "first"
     bias_grad: bool = False
+    save_lse: bool = False
 
 
-def plan(shape: AttentionShape, variant: Variant, capability: tuple[int, int], batch: int, device: str) -> list:
-    """The launches of one call; see hiera_kernels/kernels/attention.py."""
-    raise NotImplementedError
+def tensors(shape: AttentionShape, variant: Variant, batch: int, device: str) -> dict[str, torch.Tensor]:
+    """What a call works on: qkv, out and lse; in the backward also the gradients of qkv and out."""
+    dtype, width = DTYPES[variant.dtype], 3 * shape.C
+
+    def zeros(*sizes, dtype=dtype):
+        return torch.zeros(sizes, dtype=dtype, device=device)
+
+    found = {"qkv": zeros(batch, shape.N, width), "out": zeros(batch, shape.N // shape.P, shape.C)}
+    rows = (batch, shape.W, shape.H, shape.S) if variant.save_lse else (0,)
+    found["lse"] = zeros(*rows, dtype=torch.float32)
+    if variant.direction == "backward":
+        found["grad_out"], found["grad_qkv"] = torch.zeros_like(found["out"]), torch.zeros_like(found["qkv"])
+    return found
+
+
+def plan(shape: AttentionShape, variant: Variant, capability: tuple[int, int], batch: int, device: str) -> list[Launch]:
+    """The launches of one call, as the package plans them."""
+    x = tensors(shape, variant, batch, device)
+    call = (shape.H, shape.W, shape.P, None)
+    if variant.direction == "forward":
+        return attention.plan_forward(x["qkv"], x["out"], x["lse"], *call, capability)
+    partial = x["qkv"].new_empty(0, dtype=torch.float32)
+    if variant.bias_grad:
+        partial = attention_backward.partial_sums(x["qkv"], *call[:3], capability)
+    return attention_backward.plan_backward(
+        x["grad_out"], x["qkv"], x["grad_qkv"], partial, *call, variant.ties, capability
+    )
 
 
 def served() -> list[AttentionShape]:
@@ -70,6 +96,7 @@ def _everything() -> Iterator[tuple[AttentionShape, Variant, tuple[int, int]]]:
             yield shape, Variant("backward", dtype, ties), capability
         if dtype == "bf16" and capability == (9, 0):
             yield shape, Variant("backward", dtype, bias_grad=True), capability
+            yield shape, Variant("forward", dtype, save_lse=True), capability
 
 
 def jobs(everything: bool = False) -> list[Job]:
@@ -79,7 +106,7 @@ def jobs(everything: bool = False) -> list[Job]:
         for launch in plan(shape, variant, capability, batch=2, device="meta"):
             kernel = launch.kernel.__name__.strip("_")
             kernel += " split" if variant.ties == "split" else ""
-            kernel += " bias" if variant.bias_grad else ""
+            kernel += " bias" if variant.bias_grad else " lse" if variant.save_lse else ""
             labels = {
                 "kernel": kernel,
                 "shape": f"{shape.name} ({shape.S},{shape.K}) D={shape.D}",
