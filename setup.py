@@ -27,7 +27,7 @@ DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # torch 2.10: the oldes
 
 
 def find_nvcc():
-    """The CUDA compiler: CUDA_HOME's if that is set, else the one on PATH, else /usr/local/cuda's; None if there is none."""
+    """The CUDA compiler: CUDA_HOME's if that is set, else the one on PATH, else /usr/local/cuda's, else None."""
     for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
         if home and (Path(home) / "bin" / "nvcc").exists():
             return str(Path(home) / "bin" / "nvcc")

@@ -4,14 +4,16 @@
     python -m benchmarks.ops unroll reroll --json out.json
     python -m benchmarks.ops unroll --device cpu --threads 1 --seconds 3
 
-Columns: the median, 20th and 80th percentile of the time; the bytes that have to move, read and written, and the rate this
-makes of the median; and the speed against `clone()` of the same bytes: the median of round-by-round ratios, 1.00 is a copy's.
+Columns: the median, 20th and 80th percentile of the time; the bytes that have to move, read and written, and the rate
+this makes of the median; and the speed against `clone()` of the same bytes, the median of round-by-round ratios: 1.00
+is as fast as a copy.
 """
 
 import argparse
 import functools
 import json
 import platform
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +54,7 @@ OPS = dict.fromkeys(("unroll", "reroll", "embed_tokens"), _token_cases)
 def measure(case: Case, device: torch.device, seconds: float) -> list[dict]:
     """The rows of one case, one per candidate, its own first."""
     make, candidates, moved = case.prepare()
-    samples = timing.paired(candidates, timing.rotate(make, device), device, seconds)
+    samples = timing.paired(candidates, timing.rotate(make), device, seconds)
     rows = []
     for name, taken in samples.items():
         row = {"op": case.op, "case": case.label, "candidate": name, "bytes": moved, "rounds": len(taken.seconds)}
@@ -66,13 +68,28 @@ def measure(case: Case, device: torch.device, seconds: float) -> list[dict]:
 def environment(device: torch.device) -> dict:
     """What has to stand beside a number for it to mean anything."""
     about = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
-    about |= {"device": device.type, "threads": torch.get_num_threads(), "compiled": extension.why_not(device.type) or "yes"}
+    about |= {
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "compiled": extension.why_not(device.type) or "yes",
+    }
     if device.type == "cuda":
         about["gpu"] = torch.cuda.get_device_name(device)
     else:
         names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
         about["cpu"] = names[0] if names else platform.processor()
     return about
+
+
+def current_commit() -> str:
+    """The commit of this checkout, with "-dirty" behind it where files differ from it; empty outside a checkout."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    return described.stdout.strip() if described.returncode == 0 else ""
 
 
 def _cpuinfo() -> list[str]:
@@ -103,13 +120,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each table (default: %(default)s)")
     parser.add_argument("--only", default="", help="only cases whose label holds this text")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number to FILE as well")
+    parser.add_argument("--commit", help="what is measured, where the checkout cannot tell (default: git's answer)")
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.ops if name not in OPS]:
         parser.error(f"no such op: {', '.join(unknown)}; there are {', '.join(OPS)}")
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    about = environment(device)
+    about = environment(device) | {"commit": options.commit or current_commit()}
     print("  ".join(f"{key} {value}" for key, value in about.items()), flush=True)
     cases = [case for name in options.ops or OPS for case in OPS[name](name, device) if options.only in case.label]
     results = []

@@ -26,11 +26,15 @@ class Samples:
         """How fast this is as a fraction of `other`: the median over rounds of other's time / this one's time."""
         return statistics.median(b / a for a, b in zip(self.seconds, other.seconds, strict=True))
 
+    def best_speed_of(self, other: "Samples") -> float:
+        """The same of the fastest round of each: what is left when nobody else uses the machine."""
+        return min(other.seconds) / min(self.seconds)
 
-def rotate(make: Callable[[], Sequence[torch.Tensor]], device: torch.device) -> list[Sequence[torch.Tensor]]:
+
+def rotate(make: Callable[[], Sequence]) -> list[Sequence]:
     """Several sets of inputs, so many that a set is out of the caches when its turn comes again."""
     first = make()
-    size = sum(tensor.numel() * tensor.element_size() for tensor in first)
+    size = sum(x.numel() * x.element_size() for x in first if isinstance(x, torch.Tensor))
     return [first] + [make() for _ in range(min(63, max(1, -(-COLD_BYTES // max(1, size)))))]
 
 
@@ -41,7 +45,7 @@ def _synchronize(device: torch.device) -> None:
 
 def paired(
     candidates: dict[str, Callable],
-    inputs: list[Sequence[torch.Tensor]],
+    inputs: list[Sequence],
     device: torch.device,
     seconds: float = 1.0,
     rounds: tuple[int, int] = (15, 400),

@@ -9,7 +9,6 @@ import math
 
 import torch
 
-
 from benchmarks.shapes import TokenShape
 from hiera_kernels import ops, reference
 

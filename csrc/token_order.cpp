@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor> embed_tokens_backward_cpu(Tensor grad, std::vector<in
                                                      std::optional<Tensor> keep, ScalarType patches_dtype,
                                                      ScalarType position_dtype, bool channels_last, bool need_patches,
                                                      bool need_position) {
-  const TokenOrder order = checked_embed_backward(grad, size, strides, keep);
+  const TokenOrder order = checked_embed_backward(grad, size, strides, keep, position_dtype);
   const int64_t batch = grad.size(0), channels = grad.size(2);
   grad = torch::stable::contiguous(grad);
   std::optional<KeptUnits> kept;

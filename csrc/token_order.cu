@@ -118,7 +118,7 @@ std::tuple<Tensor, Tensor> embed_tokens_backward_cuda(Tensor grad, std::vector<i
                                                       std::optional<Tensor> keep, ScalarType patches_dtype,
                                                       ScalarType position_dtype, bool channels_last, bool need_patches,
                                                       bool need_position) {
-  const TokenOrder order = checked_embed_backward(grad, size, strides, keep);
+  const TokenOrder order = checked_embed_backward(grad, size, strides, keep, position_dtype);
   const int32_t device = grad.get_device_index();
   const DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);

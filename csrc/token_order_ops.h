@@ -38,10 +38,15 @@ inline std::vector<int64_t> spatial_shape(int64_t batch, const std::vector<int64
   return shape;
 }
 
-inline void check_keep(const std::optional<Tensor>& keep, int64_t batch) {
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
+}
+
+inline void check_keep(const std::optional<Tensor>& keep, const Tensor& beside) {
   if (!keep.has_value()) return;
-  STD_TORCH_CHECK(keep->scalar_type() == ScalarType::Long && keep->dim() == 2 && keep->size(0) == batch,
-                  "hiera_kernels: keep must be int64 [", batch, ", kept]");
+  STD_TORCH_CHECK(keep->scalar_type() == ScalarType::Long && keep->dim() == 2 && keep->size(0) == beside.size(0) &&
+                      same_device(*keep, beside),
+                  "hiera_kernels: keep must be int64 [", beside.size(0), ", kept] on the device of the tokens");
 }
 
 inline TokenOrder checked_embed(const Tensor& patches, const Tensor& position, const std::vector<int64_t>& size,
@@ -50,18 +55,22 @@ inline TokenOrder checked_embed(const Tensor& patches, const Tensor& position, c
   bool fits = patches.dim() == static_cast<int64_t>(size.size()) + 2;
   for (size_t d = 0; fits && d < size.size(); ++d) fits = patches.size(static_cast<int64_t>(d) + 2) == size[d];
   STD_TORCH_CHECK(fits, "hiera_kernels: patches must be [B, C, *size]");
+  STD_TORCH_CHECK(same_device(patches, position), "hiera_kernels: pos_embed must be on patches' device");
   STD_TORCH_CHECK(position.dim() == 3 && position.size(0) == 1 && position.size(1) == order.tokens &&
                       position.size(2) == patches.size(1),
                   "hiera_kernels: pos_embed must be [1, ", order.tokens, ", ", patches.size(1), "]");
-  check_keep(keep, patches.size(0));
+  check_keep(keep, patches);
   return order;
 }
 
 inline TokenOrder checked_embed_backward(const Tensor& grad, const std::vector<int64_t>& size,
-                                         const std::vector<int64_t>& strides, const std::optional<Tensor>& keep) {
+                                         const std::vector<int64_t>& strides, const std::optional<Tensor>& keep,
+                                         ScalarType position_dtype) {
   const TokenOrder order = checked_grid(size, strides);
   STD_TORCH_CHECK(grad.dim() == 3, "hiera_kernels: grad must be [B, rows, C]");
-  check_keep(keep, grad.size(0));
+  // Of the pairs that are compiled, the sum has the position's dtype (see Sum).
+  STD_TORCH_CHECK(grad.scalar_type() == position_dtype, "hiera_kernels: grad must have the dtype that embed_tokens returns");
+  check_keep(keep, grad);
   const int64_t rows = keep.has_value() ? keep->size(1) * order.unit : order.tokens;
   STD_TORCH_CHECK(grad.size(1) == rows, "hiera_kernels: grad must have ", rows, " rows, got ", grad.size(1));
   return order;

@@ -91,7 +91,7 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def compare_models(run: Run, batch) -> hiera_kernels.CheckResult:
+def compare_models(run: Run, batch) -> hiera_kernels.Comparison:
     """Outputs, gradients, time and memory of the stock run's model against an accelerated copy of it."""
     images = normalise(batch.images.to(run.device))
     return hiera_kernels.check(run.model, images)
@@ -203,7 +203,8 @@ def main(arguments: list[str] | None = None) -> int:
         pair.step(batch)
         stock_ms, accelerated_ms = pair.median_ms()
         bar.set_postfix_str(
-            f"loss {pair.losses[0][-1]:.4f} / {pair.losses[1][-1]:.4f}, ms {stock_ms:.0f} / {accelerated_ms:.0f}"
+            f"loss {pair.losses[0][-1]:.4f} / {pair.losses[1][-1]:.4f}, ms {stock_ms:.0f} / {accelerated_ms:.0f}",
+            refresh=False,
         )
     after = compare_models(pair.stock, first)
 

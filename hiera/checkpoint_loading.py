@@ -111,8 +111,8 @@ def load_weights(model: nn.Module, source, strict: bool = True, source_size: Seq
     unexpected = sorted(state.keys() - own.keys())
     problems = [
         f"{name} has shape {tuple(state[name].shape)}, the model's has {tuple(own[name].shape)}"
-        for name in own.keys() & state.keys()
-        if state[name].shape != own[name].shape
+        for name in own
+        if name in state and state[name].shape != own[name].shape
     ]
     if strict:
         problems += [f"{name} is missing" for name in missing if name not in allowed]
@@ -173,7 +173,7 @@ def _resize_positions(model, state: dict, own: dict, source_size: Sequence[int] 
         if name not in state or name not in own or (state[name].shape == own[name].shape and old in (None, new)):
             continue
         before = tuple(state[name].shape)
-        if own[name].ndim > 3:  # the background of an absolute-win embedding keeps its grid in its shape
+        if model.abs_win and name == "pos_embed":  # an absolute-win background has its grid in its shape
             if state[name].ndim == own[name].ndim:
                 state[name] = resize_grid(state[name], own[name].shape[2:])
         elif state[name].ndim == 3:

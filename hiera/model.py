@@ -53,6 +53,8 @@ class Hiera(nn.Module):
         global_pos_size: Grid of that background. Default: 14 in each spatial dimension, one entry per token in time.
         dynamic_size: Accept any size that tiles into mask units; position embeddings are interpolated in the forward.
             False: `x` must have `input_size` (load weights of another size with :meth:`load_pretrained`).
+            Compile such a model with `dynamic=False`: torch 2.13 cannot differentiate the interpolation for symbolic
+            sizes.
         grad_checkpointing: See :meth:`set_grad_checkpointing`.
 
     Raises:

@@ -1,9 +1,10 @@
 """The published recipe: optimizer, schedule, and what differs between the variants.
 
-Source: Hiera, arXiv 2306.00989, appendix (pre-training and fine-tuning settings on ImageNet-1K). MAE: AdamW, betas 0.9
-and 0.95, weight decay 0.05, learning rate 8e-4 at batch 4096, cosine after a warm-up of 40 of 400 or 1600 epochs.
-Fine-tuning: AdamW, betas 0.9 and 0.999, weight decay 0.05, learning rate at batch 1024, cosine after 5 epochs of
-warm-up, layer decay, drop path, label smoothing 0.1, mixup 0.8, cutmix 1.0, RandAugment 9, random erasing 0.25.
+Sources: Hiera, arXiv 2306.00989, for the recipe; the table per variant was read from public training configurations of
+it, not from the paper's appendix. MAE: AdamW, betas 0.9 and 0.95, weight decay 0.05, learning rate 8e-4 at batch 4096,
+cosine after a warm-up of 40 of 400 or 1600 epochs. Fine-tuning: AdamW, betas 0.9 and 0.999, weight decay 0.05, learning
+rate at batch 1024, cosine after 5 epochs of warm-up, layer decay, drop path, label smoothing 0.1, mixup 0.8, cutmix
+1.0, RandAugment 9, random erasing 0.25.
 """
 
 import math

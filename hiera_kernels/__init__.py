@@ -1,1 +1,28 @@
-"""Fused kernels for Hiera vision transformers; `accelerate(model)` swaps them into a model that exists already."""
+"""Fused kernels for Hiera vision transformers; `accelerate(model)` swaps them into a model that exists already.
+
+The swap: `accelerate`, `restore`, `explain`, `disabled`, `check`. The ops: `mask_unit_attention`, `q_pool`, `unroll`,
+`reroll`, `reroll_masked`, `embed_tokens`; `reference` holds each of them as a plain PyTorch function.
+"""
+
+from hiera_kernels import reference
+from hiera_kernels.compare import Comparison, check
+from hiera_kernels.ops import disabled, embed_tokens, mask_unit_attention, q_pool, reroll, reroll_masked, unroll
+from hiera_kernels.report import Report
+from hiera_kernels.swap import accelerate, explain, restore
+
+__all__ = [
+    "Comparison",
+    "Report",
+    "accelerate",
+    "check",
+    "disabled",
+    "embed_tokens",
+    "explain",
+    "mask_unit_attention",
+    "q_pool",
+    "reference",
+    "reroll",
+    "reroll_masked",
+    "restore",
+    "unroll",
+]

@@ -1,7 +1,7 @@
 """The compiled library (`_C.abi3.so`): found and loaded once, on import, and where it is absent, why.
 
-It holds C++ and CUDA kernels for ops whose contract is defined in `hiera_kernels.ops`; without it the same ops run their
-plain PyTorch reference.
+It holds C++ and CUDA kernels for ops whose contract is in `hiera_kernels.ops`; without it the same ops run their plain
+PyTorch reference.
 """
 
 from pathlib import Path
@@ -35,8 +35,3 @@ def why_not(device_type: str) -> str | None:
     if device_type == "cuda":
         return "the library was built without CUDA: reinstall with HIERA_KERNELS_CUDA=1 where nvcc is found"
     return f"there is no compiled kernel for {device_type}"
-
-
-def serves(device_type: str) -> bool:
-    """Whether the compiled library holds kernels for `device_type`."""
-    return _why_absent is None and (device_type == "cpu" or (device_type == "cuda" and _has_cuda))

@@ -5,7 +5,7 @@ Nothing here calls the user's module, its submodules or its hooks (see `hiera_ke
 
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from torch import nn
 
@@ -63,20 +63,22 @@ def refusal(module: nn.Module, target: Target) -> str | None:
         return f"the `{target.method}` of its class is compiled by itself"
     if reason := target.obstacle(module):
         return reason
-    names = reachable_names(cls, target.method, target.opaque)
+    code = reachable_code(cls, target.method, target.opaque)
+    names = {name for each in code for name in _names_in(each)}
     for name, value in other_attributes(module).items():
         if name in names and name not in target.known and value is not None:
             return f"its `{target.method}` reads `{name}` ({type(value).__name__}), which hiera_kernels does not know"
     given = {name: value for name, value in settings(module).items() if name in names}
-    return _verdict(cls, method, module, target, given)
+    return _verdict(cls, code, module, target, given)
 
 
-def _verdict(cls: type, method: Callable, module: nn.Module, target: Target, given: dict) -> str | None:
+def _verdict(cls: type, code: frozenset[types.CodeType], module: nn.Module, target: Target, given: dict) -> str | None:
     extra = {name: value for name, value in given.items() if name not in target.known}
     verdicts = _VERDICTS.setdefault(cls, {})
-    # The code object, because a class may be patched between two calls of accelerate.
-    key = (target.name, method.__code__, repr(sorted(extra.items())))
+    # The code itself, because a class may be patched between two calls of accelerate.
+    key = (target.name, code, repr(sorted(extra.items())))
     if key not in verdicts:
+        method = getattr(cls, target.method)
         reason = None
         for variant in (given, _disturbed(given, target.known)):
             reason = reason or difference(
@@ -100,14 +102,13 @@ def _disturbed(given: dict, known: frozenset[str]) -> dict:
     return changed
 
 
-def reachable_names(cls: type, method: str, opaque: frozenset[str] = frozenset()) -> frozenset[str]:
-    """Every name and string in the code of a method and of what it calls: methods by name, functions by their globals.
+def reachable_code(cls: type, method: str, opaque: frozenset[str] = frozenset()) -> frozenset[types.CodeType]:
+    """The code of a method and of what it may call: methods by name (but `opaque` ones), functions by their globals.
 
-    More than it reads, never less, but for code that PyTorch or C hides.
+    More than runs, never less, but for what PyTorch or C hides.
     """
-    found: set[str] = set()
     queue = list(_definitions(cls, method))
-    seen = set()
+    seen: set[types.CodeType] = set()
     while queue:
         function = queue.pop()
         if not isinstance(function, types.FunctionType) or function.__code__ in seen:
@@ -123,8 +124,7 @@ def reachable_names(cls: type, method: str, opaque: frozenset[str] = frozenset()
             if name not in opaque:
                 called += _definitions(cls, name)
             queue += [c for c in called if not str(getattr(c, "__module__", None)).startswith("torch.")]
-        found |= names
-    return frozenset(found)
+    return frozenset(seen)
 
 
 def _definitions(cls: type, name: str) -> Iterator[object]:

@@ -6,15 +6,18 @@ class that it extends, so `repr` and error messages stay as they were, and it st
 """
 
 import functools
+import threading
 import warnings
 import weakref
 
+import torch
 from torch import nn
 
 from hiera_kernels.ops.switch import is_disabled
 
 # Values only are weak: a class lives as long as a module (or FSDP's own cache) uses it, and its key as long as it.
 _CLASSES = weakref.WeakValueDictionary()
+_LOCK = threading.RLock()
 
 # Names of the class attributes that hold what was replaced and by what: long, because a user's class has names too.
 STOCK = "_hiera_kernels_stock_class"
@@ -23,23 +26,26 @@ TARGET = "_hiera_kernels_target"
 
 def swapped_class(original, target):
     """The subclass of `original` whose method `target.method` calls our ops; the same object at every call."""
-    key = (original, target.name)
-    found = _CLASSES.get(key)
-    if found is None:
-        namespace = {
-            "__module__": original.__module__,
-            "__qualname__": original.__qualname__,
-            "__doc__": original.__doc__,
-            STOCK: original,
-            TARGET: target,
-            target.method: _entry(getattr(original, target.method), target),
-            "__reduce_ex__": _reduce_ex,
-            "__setstate__": _setstate,
-        }
-        # The only base: with another one before it, Python finds the memory layouts of the two classes different.
-        found = type(original)(original.__name__, (original,), namespace)
-        _CLASSES[key] = found
-    return found
+    with _LOCK:
+        found = _CLASSES.get((original, target.name))
+        if found is None:
+            found = _CLASSES[original, target.name] = _make_class(original, target)
+        return found
+
+
+def _make_class(original, target):
+    namespace = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        STOCK: original,
+        TARGET: target,
+        target.method: _entry(getattr(original, target.method), target),
+        "__reduce_ex__": _reduce_ex,
+        "__setstate__": _setstate,
+    }
+    # The only base: with another one before it, Python finds the memory layouts of the two classes different.
+    return type(original)(original.__name__, (original,), namespace)
 
 
 def core_class(module):
@@ -134,7 +140,8 @@ def _entry(original, target):
 
     @functools.wraps(original)
     def method(self, *args, **kwargs):
-        if is_disabled() or not applies(self, *args, **kwargs):
+        # torch.jit.trace turns sizes into tensors, which the ops refuse; a trace is plain PyTorch, as it always was.
+        if is_disabled() or torch.jit.is_tracing() or not applies(self, *args, **kwargs):
             return original(self, *args, **kwargs)
         return fused(self, *args, **kwargs)
 

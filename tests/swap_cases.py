@@ -66,6 +66,17 @@ def example(kind="image", dtype=torch.float64, batch=2):
     return torch.randn(batch, 3, *KINDS[kind][1]["input_size"], dtype=dtype, generator=torch.Generator().manual_seed(5))
 
 
+# What is swapped in the plain models of this file.
+ALL = {"", "unroll", "reroll", *(f"blocks.{i}.attn" for i in range(6))}
+
+
+def swapped(model):
+    """Paths of the modules that are swapped."""
+    from hiera_kernels.subclass import target_of  # here: one test loads a model where nothing has imported the package
+
+    return {path for path, module in model.named_modules() if target_of(module) is not None}
+
+
 def tensors(output):
     """All tensors of a model's output, in order."""
     if isinstance(output, torch.Tensor):

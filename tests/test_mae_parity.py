@@ -156,3 +156,23 @@ def test_refusals():
     line = MaskedAutoencoderHiera(**{**SMALL, **line, "patch_padding": (3,)})
     with pytest.raises(NotImplementedError, match="pictures and videos"):
         line(torch.randn(1, 3, 64), mask_ratio=0.5)
+
+
+@pytest.mark.parametrize("settings", [SMALL, SMALL_VIDEO], ids=["image", "video"])
+def test_autocast_gives_upstreams_dtypes_and_numbers(settings):
+    """Under autocast the stream changes dtype on its way; ours changes where upstream's does, so the numbers agree to
+    the last bit, gradients included (scatter and index_select move numbers, they do not round them)."""
+    ours, theirs = mae_pair(**settings)
+    ours, theirs = ours.float(), theirs.float()
+    x = picture(2, 3, *settings["input_size"]).float()
+    results = []
+    for model in (ours, theirs):
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16):
+            latent, mask = model.forward_encoder(x, 0.6)
+            outputs = model(x, mask=mask)
+        outputs[0].backward()
+        results.append([latent, *outputs, *(p.grad for p in model.parameters())])
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)

@@ -166,16 +166,28 @@ def _ours():
 
 
 def test_pooled_gradient_goes_to_one_of_several_ties():
-    """Upstream's `max(dim)` sends it to one index; `amax` (timm) would split it. Found by putting amax in."""
+    """Upstream's `max(dim)` sends it to one index; `amax` (timm) would split it. Found by putting amax in: with equal
+    tokens the queries' gradient is zero, so here queries tie (they read channels 0 to 3 only) and keys do not."""
     ours = MaskUnitAttention(8, 8, 2, q_stride=4, window_size=2, use_mask_unit_attn=True).double()
+    ours.qkv.weight.data[:8, 4:] = 0
     theirs = load_upstream().MaskUnitAttention(8, 8, 2, 4, 2, True).double()
     theirs.load_state_dict(ours.state_dict())
-    row = picture(1, 1, 8)
+    x = torch.cat([picture(1, 1, 4).expand(1, 16, 4), picture(1, 16, 4)], dim=-1)
+    assert_same_input_gradient(ours, theirs, x)
+
+    ours = HieraBlock(8, 16, 2, q_stride=4, window_size=2, use_mask_unit_attn=True).double()  # and the shortcut
+    theirs = load_upstream().HieraBlock(8, 16, 2, q_stride=4, window_size=2, use_mask_unit_attn=True).double()
+    theirs.load_state_dict(ours.state_dict())
+    assert_same_input_gradient(ours, theirs, picture(1, 1, 8).expand(1, 16, 8))
+
+
+def assert_same_input_gradient(ours, theirs, x):
     grads = []
     for module in (ours, theirs):
-        x = row.expand(1, 16, 8).clone().requires_grad_()
-        (module(x) * picture(1, 4, 8)).sum().backward()
-        grads.append(x.grad)
+        leaf = x.clone().requires_grad_()
+        y = module(leaf)
+        (y * picture(*y.shape)).sum().backward()
+        grads.append(leaf.grad)
     assert_parity("gradient at ties", *grads)
 
 

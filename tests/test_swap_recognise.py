@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hiera_kernels.recognise import reachable_names
+from hiera_kernels.recognise import reachable_code
 from hiera_kernels.subclass import target_of
 from hiera_kernels.swap import accelerate, explain
 from tests.swap_cases import LIBRARIES, assert_equal, build, example, library, step
@@ -362,8 +362,16 @@ def test_a_class_that_refuses_subclasses():
     assert type(model[0]) is Sealed
 
 
-def test_reachable_names_follow_calls():
-    names = reachable_names(HiddenExtra, "forward")
-    assert {"gate", "qkv", "heads", "split"} <= names
-    assert "attn_drop" not in names
-    assert "gate" not in reachable_names(HiddenExtra, "forward", opaque=frozenset(["merge"]))
+def test_a_patched_helper_counts_too(monkeypatch):
+    """The class stays, its `forward` stays, and what that calls is another."""
+    assert accelerate(MaskUnitAttention()).replaced
+    monkeypatch.setattr(MaskUnitAttention, "pool", PooledByMean.pool)
+    assert "is not the op's" in accelerate(MaskUnitAttention()).skipped[0].text
+
+
+def test_reachable_code_follows_calls():
+    def reached(**keywords):
+        return {code.co_name for code in reachable_code(HiddenExtra, "forward", **keywords)}
+
+    assert {"forward", "split", "merge", "apply_gate"} <= reached()
+    assert "apply_gate" not in reached(opaque=frozenset(["merge"]))

@@ -250,6 +250,21 @@ def test_compile_and_accelerate_are_one_line_each(data, monkeypatch, capsys):
     assert timeless(plain.history) == timeless(result.history)
 
 
+@pytest.mark.filterwarnings("ignore:unreadable images")
+@pytest.mark.parametrize("objective", ["mae", "classify"])
+def test_a_swapped_model_trains_the_same_and_its_checkpoint_is_anyones(objective, data, tmp_path, capsys):
+    run = partial(small_run, data, objective=objective, checkpoint_dir=str(tmp_path), save_every=3)
+    with pytest.raises(Killed):
+        fit(run(accelerate=True), callback=die_after(4))
+    assert "replaced" in capsys.readouterr().out
+    resumed = fit(run(resume=True))
+    plain = fit(small_run(data, objective=objective))
+    assert [record["step"] for record in resumed.history] == [3, 4, 5]
+    losses = [[record["loss"] for record in result.history[-3:]] for result in (plain, resumed)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[1] != pytest.approx(losses[0][::-1], rel=1e-4)
+
+
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:unreadable images")
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])

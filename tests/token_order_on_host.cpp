@@ -2,7 +2,9 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <cstdio>
 #include <stdexcept>
+#include <vector>
 
 #include "cuda_on_host.h"
 // (after the stand-ins for CUDA's keywords)

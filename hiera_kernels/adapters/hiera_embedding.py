@@ -144,7 +144,8 @@ def _patches(tokens, grid):
 
 
 def _unit(module):
-    return tuple(math.prod(step[d] for step in module.unroll.schedule) for d in range(len(module.unroll.size)))
+    # Lists, not generators: Dynamo cannot trace math.prod over the latter.
+    return tuple([math.prod([step[d] for step in module.unroll.schedule]) for d in range(len(module.unroll.size))])
 
 
 def _unroll_obstacle(module):

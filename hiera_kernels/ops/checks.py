@@ -1,9 +1,10 @@
 """Argument checks that several ops share: errors that name the argument, the value it had and the value it may have."""
 
-import math
 from collections.abc import Sequence
 
 import torch
+
+from hiera_kernels.reference.token_order import product
 
 
 def tensor(name: str, value: object, dims: int, shape: str) -> None:
@@ -45,13 +46,13 @@ def schedule(strides: object, dims: int | None) -> tuple[tuple[int, ...], ...]:
 
 
 def grid(size: object, strides: object) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """`size` (1 to 3 positive ints) and `strides` (steps whose product divides it, dimension by dimension), as tuples."""
+    """`size` (1 to 3 positive ints) and `strides` (steps whose product divides it, per dimension), as tuples."""
     size = positive_ints("size", size)
     if not 1 <= len(size) <= 3:
         raise ValueError(f"size must have 1 to 3 entries, got {size!r}")
     strides = schedule(strides, len(size))
     for d, extent in enumerate(size):
-        unit = math.prod(step[d] for step in strides)
+        unit = product(step[d] for step in strides)
         if extent % unit != 0:
             raise ValueError(
                 f"size must be a multiple of the product of strides in every dimension: "

@@ -3,12 +3,19 @@
 Nothing is checked here beyond what PyTorch itself checks; `hiera_kernels.ops` does that in words.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 Strides = Sequence[Sequence[int]]
+
+
+def product(numbers: Iterable[int]) -> int:
+    """What `math.prod` gives, in a form that torch.compile traces: for symbolic ints and from generators too."""
+    result = 1
+    for number in numbers:
+        result = result * number
+    return result
 
 
 def _digit_axes(size: Sequence[int], strides: Strides) -> tuple[list[int], list[int]]:
@@ -21,7 +28,7 @@ def _digit_axes(size: Sequence[int], strides: Strides) -> tuple[list[int], list[
     split = []
     for d in range(dims):
         digits = [step[d] for step in strides]
-        split += [size[d] // math.prod(digits), *reversed(digits)]
+        split += [size[d] // product(digits), *reversed(digits)]
     order = [d * (steps + 1) + steps - step for step in range(steps) for d in range(dims)]
     order += [d * (steps + 1) for d in range(dims)]
     return split, order
@@ -56,9 +63,9 @@ def reroll_masked(x: torch.Tensor, strides: Strides) -> torch.Tensor:
     See `hiera_kernels.reroll_masked`. Source: `Reroll` in hiera_utils.py, with a mask.
     """
     # Any set of mask units may be thought of as a strip of them, one below the other.
-    unit_size = [math.prod(per_step) for per_step in zip(*strides, strict=True)]
+    unit_size = [product(per_step) for per_step in zip(*strides, strict=True)]
     b, n, c = x.shape
-    units = n // math.prod(unit_size)
+    units = n // product(unit_size)
     strip = [units * unit_size[0], *unit_size[1:]]
     return reroll(x, strip, strides).reshape(b, units, *unit_size, c)
 
@@ -78,7 +85,7 @@ def embed_tokens(
     if keep is None:
         return x
     b, n, c = x.shape
-    unit = math.prod(math.prod(step) for step in strides)
+    unit = product(product(step) for step in strides)
     x = x.reshape(b, unit, n // unit, c)  # the window is the fastest token axis
     kept = keep.shape[1]
     return x.gather(2, keep[:, None, :, None].expand(b, unit, kept, c)).reshape(b, unit * kept, c)
