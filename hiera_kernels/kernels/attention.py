@@ -17,7 +17,15 @@ import torch
 import triton
 import triton.language as tl
 
-from hiera_kernels.kernels.launch_table import MAX_KEYS, Launch, compute_capability, on_device, tiles
+from hiera_kernels.kernels.launch_table import (
+    MAX_KEYS,
+    MIN_ROWS,
+    SMALL_KEYS,
+    Launch,
+    compute_capability,
+    on_device,
+    tiles,
+)
 from hiera_kernels.kernels.tile_access import (
     LN_2,
     LOG2_E,
@@ -31,6 +39,8 @@ from hiera_kernels.kernels.tile_access import (
 )
 
 MAX_STRIDE = 16
+# 163 KB a program and more; others have 99 KB.
+LARGE_SHARED_MEMORY = ((8, 0), (9, 0), (10, 0), (10, 3))
 
 
 @triton.jit(do_not_specialize=["num_units", "num_windows", "num_heads"])
@@ -65,17 +75,17 @@ def _forward_kernel(
             b_k1 = load_rows(p_unit + channels, o_k * (3 * step), m_k, D0, D1, D, PACK)
             b_v1 = load_rows(p_unit + 2 * channels, o_k * (3 * step), m_k, D0, D1, D, PACK)
 
-        # [S, K], logits in units of log 2
+        # [S, K]
         b_x = tl.dot(b_q0, tl.trans(b_k0), input_precision=PRECISION)
         if D1 > 0:
             b_x = tl.dot(b_q1, tl.trans(b_k1), b_x, input_precision=PRECISION)
-        b_x *= scale * LOG2_E
+        b_x *= scale
         if BLOCK_K > K:
             b_x = tl.where(columns(0, BLOCK_K, PACK) < K, b_x, float("-inf"))
         # [S, 1]. Rows are whole, so a row of -inf or with +inf becomes NaN just where softmax makes it NaN.
         b_max = tl.max(b_x, -1, keep_dims=True)
         # [S, K]
-        b_p = tl.exp2(b_x - b_max)
+        b_p = tl.exp2((b_x - b_max) * LOG2_E)
         # [S, 1]
         b_sum = tl.sum(b_p, -1, keep_dims=True)
 
@@ -90,7 +100,7 @@ def _forward_kernel(
             b_out1 = tl.dot(b_weight, b_v1, input_precision=PRECISION) / b_sum
             store_rows(p_row, o_s * step, m_s, b_out1, D0, D1, D, PACK)
         if SAVE_LSE:
-            tl.store(p_lse + (i_unit.to(tl.int64) * S + o_s), (b_max + tl.log2(b_sum)) * LN_2, mask=m_s)
+            tl.store(p_lse + (i_unit.to(tl.int64) * S + o_s), b_max + tl.log2(b_sum) * LN_2, mask=m_s)
 
 
 # ---- launch ----
@@ -108,6 +118,22 @@ def supports(qkv: torch.Tensor, num_heads: int, num_windows: int = 1, q_stride: 
         return f"a window has {keys} keys; the fused kernels take 1 to {MAX_KEYS}"
     if q_stride > MAX_STRIDE:
         return f"q_stride is {q_stride}; the fused kernels take up to {MAX_STRIDE}"
+    return _device_refusal(qkv, keys, head_dim) if qkv.is_cuda else None
+
+
+def _device_refusal(qkv: torch.Tensor, keys: int, head_dim: int) -> str | None:
+    """What the kernels could compute but this GPU could not hold: registers for fp32, shared memory for long rows."""
+    capability = compute_capability(qkv.device)
+    name = f"sm_{capability[0]}{capability[1]}"
+    if capability < (8, 0):
+        return f"the fused kernels need compute capability 8.0, this device has {name}"
+    if keys > SMALL_KEYS and capability not in LARGE_SHARED_MEMORY:
+        return f"a window has {keys} keys; the shared memory of {name} holds {SMALL_KEYS}"
+    if qkv.dtype is torch.float32:
+        if matmul_precision(qkv.dtype) == "ieee" and keys > MIN_ROWS:
+            return f"fp32 without TF32 does not fit in registers for {keys} keys; 4-D scaled_dot_product_attention serves it"
+        if keys > SMALL_KEYS or (keys > 32 and head_dim > 96):
+            return f"fp32 does not fit in shared memory for {keys} keys of {head_dim}; 4-D SDPA serves it"
     return None
 
 

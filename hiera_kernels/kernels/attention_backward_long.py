@@ -51,13 +51,13 @@ def _backward_q_kernel(
     m_key = columns(0, BLOCK_K, 1) < K
 
     # [S, D0], [K, D0], [S, D0], [K, D0]
-    b_q0, b_bits0 = load_pooled_ties(p_q, o_s * (3 * step), m_s, S * (3 * step), P, 0, D0, D, 1, SPLIT)
+    b_q0 = load_pooled(p_q, o_s * (3 * step), m_s, S * (3 * step), P, 0, D0, D, 1)
     b_k0 = load_rows(p_q + channels, o_k * (3 * step), m_k, 0, D0, D, 1)
     b_do0 = load_rows(p_do, o_s * step, m_s, 0, D0, D, 1)
     b_v0 = load_rows(p_q + 2 * channels, o_k * (3 * step), m_k, 0, D0, D, 1)
     if D1 > 0:
         # [S, D1], [K, D1], [S, D1], [K, D1]
-        b_q1, b_bits1 = load_pooled_ties(p_q, o_s * (3 * step), m_s, S * (3 * step), P, D0, D1, D, 1, SPLIT)
+        b_q1 = load_pooled(p_q, o_s * (3 * step), m_s, S * (3 * step), P, D0, D1, D, 1)
         b_k1 = load_rows(p_q + channels, o_k * (3 * step), m_k, D0, D1, D, 1)
         b_do1 = load_rows(p_do, o_s * step, m_s, D0, D1, D, 1)
         b_v1 = load_rows(p_q + 2 * channels, o_k * (3 * step), m_k, D0, D1, D, 1)
@@ -86,13 +86,16 @@ def _backward_q_kernel(
     p_db = p_bias + (((i_image * num_windows + i_window) * PARTS + i_block) * (3 * channels) + i_head * D)
     # [S, D0]
     b_dq0 = tl.dot(b_ds, b_k0, input_precision=PRECISION) * scale
-    store_unpooled(p_dq, o_s * (3 * step), m_s, S * (3 * step), b_dq0, b_bits0, 0, P, 1, SPLIT, 0, D0, D, 1)
+    # q again, from L2: its ties would fill the registers all along.
+    _, b_ties0 = load_pooled_ties(p_q, o_s * (3 * step), m_s, S * (3 * step), P, 0, D0, D, 1, SPLIT)
+    store_unpooled(p_dq, o_s * (3 * step), m_s, S * (3 * step), b_dq0, b_ties0, 0, P, 1, SPLIT, 0, D0, D, 1)
     if BIAS_GRAD:
         store_sum(p_db, b_dq0, m_s, m_unit, 0, D0, D, 1)
     if D1 > 0:
         # [S, D1]
         b_dq1 = tl.dot(b_ds, b_k1, input_precision=PRECISION) * scale
-        store_unpooled(p_dq, o_s * (3 * step), m_s, S * (3 * step), b_dq1, b_bits1, 0, P, 1, SPLIT, D0, D1, D, 1)
+        _, b_ties1 = load_pooled_ties(p_q, o_s * (3 * step), m_s, S * (3 * step), P, D0, D1, D, 1, SPLIT)
+        store_unpooled(p_dq, o_s * (3 * step), m_s, S * (3 * step), b_dq1, b_ties1, 0, P, 1, SPLIT, D0, D1, D, 1)
         if BIAS_GRAD:
             store_sum(p_db, b_dq1, m_s, m_unit, D0, D1, D, 1)
 
@@ -136,27 +139,26 @@ def _backward_kv_kernel(
         # [S, D0], [S, D0]
         b_q0 = load_pooled(p_q, o_s * (3 * step), m_s, S * (3 * step), P, 0, D0, D, 1)
         b_do0 = load_rows(p_do, o_s * step, m_s, 0, D0, D, 1)
-        # [K, S]
-        b_xt = tl.dot(b_k0, tl.trans(b_q0), input_precision=PRECISION)
-        b_dpt = tl.dot(b_v0, tl.trans(b_do0), input_precision=PRECISION)
+        # [S, K]
+        b_x = tl.dot(b_q0, tl.trans(b_k0), input_precision=PRECISION)
+        b_dp = tl.dot(b_do0, tl.trans(b_v0), input_precision=PRECISION)
         if D1 > 0:
             b_q1 = load_pooled(p_q, o_s * (3 * step), m_s, S * (3 * step), P, D0, D1, D, 1)
             b_do1 = load_rows(p_do, o_s * step, m_s, D0, D1, D, 1)
-            b_xt = tl.dot(b_k1, tl.trans(b_q1), b_xt, input_precision=PRECISION)
-            b_dpt = tl.dot(b_v1, tl.trans(b_do1), b_dpt, input_precision=PRECISION)
-        # [1, S]
-        o_t = columns(i_s, BLOCK_S, 1)
-        m_t = o_t < S
-        b_lse = tl.load(p_stat + o_t, mask=m_t, other=0.0)
-        b_delta = tl.load(p_stat + S + o_t, mask=m_t, other=0.0)
-        # [K, S]. Columns beyond S take part in the products over queries: zero, whatever stands there.
-        b_pt = tl.exp2(b_xt * (scale * LOG2_E) - b_lse)
-        b_dst = b_pt * (b_dpt - b_delta)
+            b_x = tl.dot(b_q1, tl.trans(b_k1), b_x, input_precision=PRECISION)
+            b_dp = tl.dot(b_do1, tl.trans(b_v1), b_dp, input_precision=PRECISION)
+        # [S, 1]
+        b_lse = tl.load(p_stat + o_s, mask=m_s, other=0.0)
+        b_delta = tl.load(p_stat + S + o_s, mask=m_s, other=0.0)
+        # [S, K]. Rows beyond S take part in the products over queries: zero, whatever stands there.
+        b_p = tl.exp2((b_x * scale - b_lse) * LOG2_E)
+        b_ds = b_p * (b_dp - b_delta)
         if S % BLOCK_S != 0:
-            b_pt = tl.where(m_t, b_pt, 0.0)
-            b_dst = tl.where(m_t, b_dst, 0.0)
-        b_pt = b_pt.to(dtype)
-        b_dst = b_dst.to(dtype)
+            b_p = tl.where(m_s, b_p, 0.0)
+            b_ds = tl.where(m_s, b_ds, 0.0)
+        # [K, S]
+        b_pt = tl.trans(b_p.to(dtype))
+        b_dst = tl.trans(b_ds.to(dtype))
         # [K, D0], [K, D0]
         b_dv0 = tl.dot(b_pt, b_do0, b_dv0, input_precision=PRECISION)
         b_dk0 = tl.dot(b_dst, b_q0, b_dk0, input_precision=PRECISION)

@@ -52,7 +52,7 @@ class Launch(NamedTuple):
 TUNED: dict[tuple[str, int, int, int, int, int], dict[str, int]] = {}
 
 
-def columns(head_dim: int, least: int = 16) -> tuple[int, int]:
+def chunks(head_dim: int, least: int = 16) -> tuple[int, int]:
     """D as one or two powers of two, each at least 16: 96 = 64 + 32, 72 -> 64 + 16, 56 -> 64 + 0.
 
     D rounded up to one power of two would cost a third of the registers and of the shared memory of 96 and 72; for 56
@@ -65,39 +65,57 @@ def columns(head_dim: int, least: int = 16) -> tuple[int, int]:
     return (d0, d1) if d1 < d0 else (2 * d0, 0)
 
 
+def one_chunk(head_dim: int) -> tuple[int, int]:
+    """D as one power of two of at least 64, more columns than the rows of a tile have."""
+    return max(64, next_power_of_2(head_dim)), 0
+
+
 def tiles(direction: str, S: int, P: int, D: int, itemsize: int, capability: tuple[int, int]) -> Tiles:
     """The configuration of one kernel: "forward", "backward" (K <= 64), "backward_q" or "backward_kv" (longer rows)."""
     K = P * S
-    if direction == "backward_kv":
-        return _blocks_of_keys(S, P, D, itemsize, capability)
-    block_k = max(MIN_ROWS, next_power_of_2(K))
-    if block_k <= 32:
-        found = _packed(direction, S, P, D, block_k)
+    if K <= 32:
+        found = _packed(direction, S, P, D)
+    elif K <= SMALL_KEYS:
+        found = _window(S, P, D, itemsize)
     else:
-        block_s = max(MIN_ROWS, min(64, next_power_of_2(S)))
-        # Triton 3.x gives the warps of a chain of products to the rows if the first tile that it meets is square; with
-        # 16 rows every warp would then do all the work. A second chunk of 32 columns is not square.
-        chunks = columns(D, 32 if block_s == 16 else 16)
-        # Neighbouring heads share a sector: one program does both.
-        rounds = 1 if D * itemsize % 32 == 0 else 2
-        found = Tiles(block_s, block_k, *chunks, rounds=rounds, num_warps=4 if block_k <= 128 else 8)
+        found = _long(direction, S, P, D, capability)
     return found._replace(**TUNED.get((direction, S, K, D, 8 * itemsize, capability[0]), {}))
 
 
-def _packed(direction: str, S: int, P: int, D: int, block_k: int) -> Tiles:
-    """Windows of up to 32 keys: a unit for each of four warps, heads fastest, hence neighbouring heads together."""
-    copies = 1
-    block_s = max(MIN_ROWS, next_power_of_2(S))
+def _packed(direction: str, S: int, P: int, D: int) -> Tiles:
+    """Up to 32 keys: a unit for each of four warps. Heads are counted first, so neighbouring heads are together."""
+    block_s, block_k = (max(MIN_ROWS, next_power_of_2(rows)) for rows in (S, P * S))
     if direction == "backward" and P > 1 and S < MIN_ROWS:
-        copies, block_s = P, block_k
-    return Tiles(block_s, block_k, *columns(D), pack=4, copies=copies)
+        return Tiles(block_k, block_k, *chunks(D), pack=4, copies=P)
+    return Tiles(block_s, block_k, *chunks(D), pack=4)
 
 
-def _blocks_of_keys(S: int, P: int, D: int, itemsize: int, capability: tuple[int, int]) -> Tiles:
-    """Longer rows, gradients of k and v: a block of keys stays, blocks of queries come by."""
-    block_s = max(MIN_ROWS, min(64, next_power_of_2(S)))
-    found = Tiles(block_s, 64, *columns(D))
-    return found._replace(**TUNED.get(("backward_kv", S, P * S, D, 8 * itemsize, capability[0]), {}))
+def _window(S: int, P: int, D: int, itemsize: int) -> Tiles:
+    """33 to 64 keys: a unit for four warps, two units in turn where neighbouring heads share a 32-byte sector."""
+    block_s = max(MIN_ROWS, next_power_of_2(S))
+    # Triton gives all warps of a chain of products to the rows if the first tile that it meets has no more columns than
+    # rows; with 16 rows every warp would then do all the work. A second chunk of 32 columns prevents it.
+    d0, d1 = chunks(D, least=32 if block_s == 16 else 16)
+    return Tiles(block_s, 64, d0, d1, rounds=1 if D * itemsize % 32 == 0 else 2)
+
+
+def _long(direction: str, S: int, P: int, D: int, capability: tuple[int, int]) -> Tiles:
+    """65 to 256 keys: what compiles without spills (tests/gates).
+
+    wgmma (sm_90) and tcgen05 (sm_100) want 64 rows. Where registers do not suffice for them, and on sm_80, products are
+    mma.sync, whose warps must be given to the columns (see _window): one chunk of columns.
+    """
+    block_s, block_k = max(MIN_ROWS, min(64, next_power_of_2(S))), next_power_of_2(P * S)
+    old = capability[0] < 9
+    if direction == "backward_kv":
+        if D <= 64:
+            return Tiles(block_s, 64, *chunks(D))
+        return Tiles(block_s, 32, *one_chunk(D)) if old else Tiles(block_s, 64, *chunks(D), num_warps=8)
+    if direction == "backward_q" and (old or (capability[0] == 9 and (P > 1 or chunks(D)[0] == 128))):
+        return Tiles(min(32, block_s), block_k, *one_chunk(D), num_warps=4 if old and P > 1 and D <= 64 else 8)
+    if old:
+        return Tiles(min(32, block_s) if D <= 64 else block_s, block_k, *one_chunk(D), num_warps=8)
+    return Tiles(block_s, block_k, *chunks(D), num_warps=4 if block_k <= 128 else 8)
 
 
 @functools.cache

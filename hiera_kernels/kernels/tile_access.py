@@ -119,17 +119,17 @@ def load_pooled_ties(
 
 @triton.jit
 def softmax_and_lse(b_x, scale, m_key, PADDED: tl.constexpr):
-    """Rows of softmax(scale * x) and, in units of log 2, the logarithms of their denominators; fp32.
+    """Rows of softmax(scale * x) and the logarithms of their denominators, fp32.
 
     A padded column is zero, unless its row is NaN.
     """
-    b_x = b_x * (scale * LOG2_E)
+    b_x = b_x * scale
     if PADDED:
         b_x = tl.where(m_key, b_x, float("-inf"))
     b_max = tl.max(b_x, -1, keep_dims=True)
-    b_p = tl.exp2(b_x - b_max)
+    b_p = tl.exp2((b_x - b_max) * LOG2_E)
     b_sum = tl.sum(b_p, -1, keep_dims=True)
-    return b_p / b_sum, b_max + tl.log2(b_sum)
+    return b_p / b_sum, b_max + tl.log2(b_sum) * LN_2
 
 
 @triton.jit
@@ -173,6 +173,8 @@ def store_unpooled(
             else:
                 b_share = shares(b_ties, o_p + i_p, P, SPLIT)
             if SPLIT:
-                b_part = b_grad / b_share
-            b_part = tl.where(b_share == 0.0, 0.0, b_part)
+                # As amax has it, (grad * mask) / count: a NaN gradient reaches all P tokens.
+                b_part = tl.where(b_share == 0.0, b_grad * 0.0, b_grad / b_share)
+            else:
+                b_part = tl.where(b_share == 0.0, 0.0, b_grad)
         store_rows(p_unit + i_p * stride, o_rows, m_rows, b_part, START, LENGTH, D, PACK)
