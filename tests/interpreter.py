@@ -8,6 +8,7 @@ races, and no fused multiply-add. It has the index arithmetic, the masks, and th
 """
 
 import contextlib
+import functools
 import os
 
 import pytest
@@ -25,13 +26,27 @@ marks = [
 
 @contextlib.contextmanager
 def kernels_on_cpu():
-    """The package's own registration, under the CPU key of the same ops: op, autograd and swap run unchanged."""
+    """The package's own registration, under the CPU key of the same ops: op, autograd and swap run unchanged.
+
+    Yields the list of calls: names of ops whose registered function ran.
+    """
     from hiera_kernels import kernels
 
+    calls = []
+
+    def recorded(name, function):
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            calls.append(name)
+            return function(*args, **kwargs)
+
+        return call
+
     with torch.library._scoped_library("hiera_kernels", "IMPL") as library:
-        kernels.register(library, "CPU")
+        for name, function in kernels.IMPLEMENTATIONS.items():
+            library.impl(name, recorded(name, function), "CPU")
         torch._dynamo.reset()  # a compiled graph keeps the way that it was traced with
         try:
-            yield
+            yield calls
         finally:
             torch._dynamo.reset()

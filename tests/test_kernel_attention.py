@@ -173,8 +173,10 @@ def test_large_logits(shape):
     got = launch(qkv, grad, shape, scale=1.0)
     want = expected(qkv, grad, shape, scale=1.0)
     assert np.abs(want[1]).max() > 1e3
-    for tensor, reference in zip(got[:3], want, strict=True):
-        assert_close(tensor, reference, 2e-6)
+    assert_close(got[0], want[0], 2e-6)
+    assert_close(got[1], want[1], 2e-6)
+    # q and k are 20 times the gradients that their sums cancel to; plain PyTorch in fp32 is 3e-5 off here.
+    assert_close(got[2], want[2], 2e-5)
     out, lse, _, _ = launch(qkv * 8, grad, shape, scale=0.25)
     want = expected(qkv * 8, grad, shape, scale=0.25)
     assert np.abs(want[1]).max() > 1e4
@@ -273,11 +275,11 @@ def test_the_public_function_and_its_gradient_run_the_kernels(ties):
     shape = (4, 4, 3, 2, 24, 1)
     _, P, W, H, _, _ = shape
     qkv, grad = draw(shape)
-    with kernels_on_cpu():
+    with kernels_on_cpu() as calls:
         x = qkv.clone().requires_grad_()
         out = hiera_kernels.mask_unit_attention(x, H, W, P, ties=ties)
-        assert type(out.grad_fn).__name__ == "_MaskUnitAttentionBackward"
         out.backward(grad)
+    assert calls == ["mask_unit_attention", "mask_unit_attention_backward"]
     want_out, _, want_grad = expected(qkv, grad, shape, ties=ties)
     assert_close(out.detach(), want_out, TOLERANCE[torch.float32])
     assert_close(x.grad, want_grad, TOLERANCE[torch.float32])

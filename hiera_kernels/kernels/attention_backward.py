@@ -103,6 +103,8 @@ def _backward_kernel(
         p_dk = p_dq + channels
         p_dv = p_dk + channels
         # [K, D0], [K, D0], [S, D0]
+        if COPIES > 1:
+            b_do0 = tl.where(o_r < S, b_do0, 0.0)  # an inf there, times a weight of 0, would be NaN
         b_dv0 = tl.dot(b_pt, b_do0, input_precision=PRECISION)
         store_rows(p_dv, o_k, m_k, b_dv0, 0, D0, D, PACK)
         b_dk0 = tl.dot(b_dst, b_q0, input_precision=PRECISION) * scale
@@ -111,6 +113,8 @@ def _backward_kernel(
         store_unpooled(p_dq, o_q, m_q, pool, b_dq0, b_ties0, o_p, P, COPIES, SPLIT, 0, D0, D, PACK)
         if D1 > 0:
             # [K, D1], [K, D1], [S, D1]
+            if COPIES > 1:
+                b_do1 = tl.where(o_r < S, b_do1, 0.0)
             b_dv1 = tl.dot(b_pt, b_do1, input_precision=PRECISION)
             store_rows(p_dv, o_k, m_k, b_dv1, D0, D1, D, PACK)
             b_dk1 = tl.dot(b_dst, b_q1, input_precision=PRECISION) * scale

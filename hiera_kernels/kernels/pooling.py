@@ -16,6 +16,12 @@ BLOCK = 1024
 MAX_STRIDE = 16
 
 
+@triton.jit
+def _load(p_x, o_x, m_x):
+    # Compared in fp32, to which 16 bits convert exactly: sm_80 has no comparison of bf16.
+    return tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["blocks"])
 def _forward_kernel(p_x, p_out, plane, blocks, P: tl.constexpr, BLOCK: tl.constexpr):
     i_image = (tl.program_id(0) // blocks).to(tl.int64)
@@ -24,11 +30,11 @@ def _forward_kernel(p_x, p_out, plane, blocks, P: tl.constexpr, BLOCK: tl.conste
     m_x = o_x < plane
     p_plane = p_x + i_image * P * plane
     # [BLOCK]
-    b_max = tl.load(p_plane + o_x, mask=m_x, other=0.0)
+    b_max = _load(p_plane, o_x, m_x)
     for i_p in tl.static_range(1, P):
-        b_x = tl.load(p_plane + i_p * plane + o_x, mask=m_x, other=0.0)
+        b_x = _load(p_plane + i_p * plane, o_x, m_x)
         b_max = tl.where((b_x > b_max) | (b_x != b_x), b_x, b_max)
-    tl.store(p_out + i_image * plane + o_x, b_max, mask=m_x)
+    tl.store(p_out + i_image * plane + o_x, b_max.to(p_out.dtype.element_ty), mask=m_x)
 
 
 @triton.jit(do_not_specialize=["blocks"])
@@ -41,21 +47,25 @@ def _backward_kernel(
     p_plane = p_x + i_image * P * plane
     p_grad_plane = p_grad_x + i_image * P * plane
     # [BLOCK], each
-    b_grad = tl.load(p_grad + i_image * plane + o_x, mask=m_x, other=0.0).to(tl.float32)
-    b_max = tl.load(p_plane + o_x, mask=m_x, other=0.0)
+    b_grad = _load(p_grad + i_image * plane, o_x, m_x)
+    b_max = _load(p_plane, o_x, m_x)
+    # The first of the maxima, and a bit for each of them: none for a NaN, which equals nothing.
     b_first = tl.zeros([BLOCK], tl.int32)
-    b_ties = (b_max == b_max).to(tl.int32)
+    b_bits = (b_max == b_max).to(tl.int32)
     for i_p in tl.static_range(1, P):
-        b_x = tl.load(p_plane + i_p * plane + o_x, mask=m_x, other=0.0)
+        b_x = _load(p_plane + i_p * plane, o_x, m_x)
         b_larger = (b_x > b_max) | ((b_x != b_x) & (b_max == b_max))
+        b_bits |= (b_x == b_max).to(tl.int32) << i_p
+        b_bits = tl.where(b_larger, (b_x == b_x).to(tl.int32) << i_p, b_bits)
         b_first = tl.where(b_larger, i_p, b_first)
-        b_ties = tl.where(b_larger, (b_x == b_x).to(tl.int32), b_ties + (b_x == b_max).to(tl.int32))
         b_max = tl.where(b_larger, b_x, b_max)
+    b_ties = tl.zeros([BLOCK], tl.float32)
+    for i_p in tl.static_range(P):
+        b_ties += ((b_bits >> i_p) & 1).to(tl.float32)
     for i_p in tl.static_range(P):
         if SPLIT:
-            # Step by step as amax has it: (grad * mask) / count, so that 0 / 0 and inf * 0 come out alike.
-            b_x = tl.load(p_plane + i_p * plane + o_x, mask=m_x, other=0.0)
-            b_part = b_grad * (b_x == b_max).to(tl.float32) / b_ties.to(tl.float32)
+            # Step by step as amax has it, (grad * mask) / count, so that 0 / 0 and inf * 0 come out alike.
+            b_part = tl.div_rn(b_grad * ((b_bits >> i_p) & 1).to(tl.float32), b_ties)
         else:
             b_part = tl.where(b_first == i_p, b_grad, 0.0)
         tl.store(p_grad_plane + i_p * plane + o_x, b_part.to(p_grad_x.dtype.element_ty), mask=m_x)
