@@ -1,0 +1,202 @@
+"""Mask-unit attention, forward, as one Triton kernel: query max-pooling, softmax(q k^T) v, the layout of the tokens.
+
+Letters are those of the dictionary (B N W P S K H D C). A *unit* is one head of one window; units are counted with the
+head fastest, ``u = (b*W + w)*H + h``. Token j of a window is row ``n = j*W + w`` of the packed qkv, so the rows of a
+unit are W*3*C elements apart and start at ``((b*K*W + w)*3*H + h)*D``: the kernel reads and writes in place.
+
+A program holds PACK units side by side. With PACK = 1 its tiles are [rows, columns] and its warps share them; with more
+they are [PACK, rows, columns], `tl.dot` is batched, and each warp has units of its own. Units never meet in a product,
+so an inf or NaN in one cannot reach its neighbours, as it would through the zeros of a block-diagonal mask. A program
+may do ROUNDS such tiles one after another: two heads of D = 56 or 72 share a 32-byte sector, and one program does both.
+
+D that is no power of two is two chunks of columns, D0 + D1 (96 = 64 + 32, 72 = 64 + 8 in a chunk of 16); D1 may be 0.
+Rows of K keys are whole in a program, so that softmax needs no running maximum; queries may take several programs.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from hiera_kernels.kernels.launch_table import (
+    MAX_KEYS,
+    MIN_ROWS,
+    SMALL_KEYS,
+    Launch,
+    compute_capability,
+    on_device,
+    tiles,
+)
+from hiera_kernels.kernels.tile_access import (
+    LN_2,
+    LOG2_E,
+    columns,
+    load_pooled,
+    load_rows,
+    rows,
+    store_rows,
+    token_step,
+    units,
+)
+
+MAX_STRIDE = 16
+# 163 KB a program and more; others have 99 KB.
+LARGE_SHARED_MEMORY = ((8, 0), (9, 0), (10, 0), (10, 3))
+
+
+@triton.jit(do_not_specialize=["num_units", "num_windows", "num_heads"])
+def _forward_kernel(
+    p_qkv, p_out, p_lse, num_units, num_windows, num_heads, scale,
+    P: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    PACK: tl.constexpr, ROUNDS: tl.constexpr, WIDE: tl.constexpr, SAVE_LSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    K: tl.constexpr = P * S
+    BLOCKS: tl.constexpr = (S + BLOCK_S - 1) // BLOCK_S
+    channels = num_heads * D
+    step = token_step(num_windows, channels, WIDE)
+    i_block = tl.program_id(0) % BLOCKS
+    o_s = rows(i_block * BLOCK_S, BLOCK_S, PACK)
+    o_k = rows(0, BLOCK_K, PACK)
+    for i_round in range(ROUNDS):
+        i_tile = tl.program_id(0) // BLOCKS * ROUNDS + i_round
+        i_image, i_window, i_head, i_unit, m_unit = units(i_tile, num_units, num_windows, num_heads, PACK)
+        p_unit = p_qkv + ((i_image * num_windows * K + i_window) * (3 * channels) + i_head * D)
+        m_s = m_unit & (o_s < S)
+        m_k = m_unit & (o_k < K)
+
+        # Every load comes before the first product: the more bytes in flight, the nearer to the bandwidth of the memory.
+        # [S, D0], [K, D0], [K, D0]
+        b_q0 = load_pooled(p_unit, o_s * (3 * step), m_s, S * (3 * step), P, 0, D0, D, PACK)
+        b_k0 = load_rows(p_unit + channels, o_k * (3 * step), m_k, 0, D0, D, PACK)
+        b_v0 = load_rows(p_unit + 2 * channels, o_k * (3 * step), m_k, 0, D0, D, PACK)
+        if D1 > 0:
+            # [S, D1], [K, D1], [K, D1]
+            b_q1 = load_pooled(p_unit, o_s * (3 * step), m_s, S * (3 * step), P, D0, D1, D, PACK)
+            b_k1 = load_rows(p_unit + channels, o_k * (3 * step), m_k, D0, D1, D, PACK)
+            b_v1 = load_rows(p_unit + 2 * channels, o_k * (3 * step), m_k, D0, D1, D, PACK)
+
+        # [S, K]
+        b_x = tl.dot(b_q0, tl.trans(b_k0), input_precision=PRECISION)
+        if D1 > 0:
+            b_x = tl.dot(b_q1, tl.trans(b_k1), b_x, input_precision=PRECISION)
+        b_x *= scale
+        if BLOCK_K > K:
+            b_x = tl.where(columns(0, BLOCK_K, PACK) < K, b_x, float("-inf"))
+        # [S, 1]. Rows are whole, so a row of -inf or with +inf becomes NaN just where softmax makes it NaN.
+        b_max = tl.max(b_x, -1, keep_dims=True)
+        # [S, K]
+        b_p = tl.exp2((b_x - b_max) * LOG2_E)
+        # [S, 1]
+        b_sum = tl.sum(b_p, -1, keep_dims=True)
+
+        # [S, K], in the dtype of v
+        b_weight = b_p.to(p_qkv.dtype.element_ty)
+        p_row = p_out + ((i_image * num_windows * S + i_window) * channels + i_head * D)
+        # [S, D0]
+        b_out0 = tl.dot(b_weight, b_v0, input_precision=PRECISION) / b_sum
+        store_rows(p_row, o_s * step, m_s, b_out0, 0, D0, D, PACK)
+        if D1 > 0:
+            # [S, D1]
+            b_out1 = tl.dot(b_weight, b_v1, input_precision=PRECISION) / b_sum
+            store_rows(p_row, o_s * step, m_s, b_out1, D0, D1, D, PACK)
+        if SAVE_LSE:
+            tl.store(p_lse + (i_unit.to(tl.int64) * S + o_s), b_max + tl.log2(b_sum) * LN_2, mask=m_s)
+
+
+# ---- launch ----
+
+
+def supports(qkv: torch.Tensor, num_heads: int, num_windows: int = 1, q_stride: int = 1) -> str | None:
+    """Why the kernels cannot serve this legal input, in words; None if they can."""
+    tokens, head_dim = qkv.shape[1], qkv.shape[2] // (3 * num_heads)
+    keys = tokens // num_windows
+    if qkv.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"no fused kernel computes in {qkv.dtype}"
+    if head_dim % 8 != 0 or not 8 <= head_dim <= 128:
+        return f"the head dimension is {head_dim}; the fused kernels take multiples of 8 up to 128"
+    if not 1 <= keys <= MAX_KEYS:
+        return f"a window has {keys} keys; the fused kernels take 1 to {MAX_KEYS}"
+    if q_stride > MAX_STRIDE:
+        return f"q_stride is {q_stride}; the fused kernels take up to {MAX_STRIDE}"
+    return _device_refusal(qkv, keys, head_dim) if qkv.is_cuda else None
+
+
+def _device_refusal(qkv: torch.Tensor, keys: int, head_dim: int) -> str | None:
+    """What the kernels could compute but this GPU could not hold: registers for fp32, shared memory for long rows."""
+    capability = compute_capability(qkv.device)
+    name = f"sm_{capability[0]}{capability[1]}"
+    if capability < (8, 0):
+        return f"the fused kernels need compute capability 8.0, this device has {name}"
+    if keys > SMALL_KEYS and capability not in LARGE_SHARED_MEMORY:
+        return f"a window has {keys} keys; the shared memory of {name} holds {SMALL_KEYS}"
+    if qkv.dtype is torch.float32:
+        if matmul_precision(qkv.dtype) == "ieee" and keys > MIN_ROWS:
+            return f"fp32 without TF32 does not fit in registers for {keys} keys; 4-D scaled_dot_product_attention serves it"
+        if keys > SMALL_KEYS or (keys > 32 and head_dim > 96):
+            return f"fp32 does not fit in shared memory for {keys} keys of {head_dim}; 4-D SDPA serves it"
+    return None
+
+
+def matmul_precision(dtype: torch.dtype) -> str:
+    """How fp32 inputs are multiplied: "tf32" where the user allowed PyTorch to, else "ieee"."""
+    if dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee"
+
+
+def sizes(qkv: torch.Tensor, num_heads: int, num_windows: int, q_stride: int, scale: float | None) -> tuple:
+    """Run-time arguments and constexprs that every attention kernel has: units, windows, heads, scale; P, S, D, ..."""
+    batch, tokens, width = qkv.shape
+    head_dim = width // (3 * num_heads)
+    arguments = {
+        "num_units": batch * num_windows * num_heads,
+        "num_windows": num_windows,
+        "num_heads": num_heads,
+        "scale": head_dim**-0.5 if scale is None else float(scale),
+    }
+    constexprs = {
+        "P": q_stride,
+        "S": tokens // (num_windows * q_stride),
+        "D": head_dim,
+        "WIDE": tokens * width >= 2**31,
+        "PRECISION": matmul_precision(qkv.dtype),
+    }
+    return arguments, constexprs
+
+
+def plan_forward(qkv, out, lse, num_heads, num_windows, q_stride, scale, capability) -> list[Launch]:
+    """The launches of a forward: qkv and out contiguous, lse empty if it is not wanted. Looks at no data."""
+    arguments, constexprs = sizes(qkv, num_heads, num_windows, q_stride, scale)
+    queries = constexprs["S"]
+    tile = tiles("forward", queries, q_stride, constexprs["D"], qkv.element_size(), capability)
+    constexprs |= {"BLOCK_S": tile.block_s, "BLOCK_K": tile.block_k, "D0": tile.d0, "D1": tile.d1}
+    constexprs |= {"PACK": tile.pack, "ROUNDS": tile.rounds, "SAVE_LSE": lse.numel() > 0}
+    grid = triton.cdiv(arguments["num_units"], tile.pack * tile.rounds) * triton.cdiv(queries, tile.block_s)
+    arguments = {"p_qkv": qkv, "p_out": out, "p_lse": lse, **arguments}
+    return [Launch(_forward_kernel, grid, arguments, constexprs, tile.num_warps, tile.num_stages)]
+
+
+def mask_unit_attention_forward(
+    qkv: torch.Tensor,
+    num_heads: int,
+    num_windows: int = 1,
+    q_stride: int = 1,
+    scale: float | None = None,
+    save_lse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the forward kernel: qkv [B, N, 3*C], any strides -> out [B, N/P, C], lse [B, W, H, S] fp32 or empty.
+
+    The input is one that `supports` has nothing against. Runs on the device of qkv; in Triton's interpreter also on CPU.
+    """
+    batch, tokens, width = qkv.shape
+    qkv = qkv.contiguous()
+    out = qkv.new_empty(batch, tokens // q_stride, width // 3)
+    shape = (batch, num_windows, num_heads, tokens // (num_windows * q_stride)) if save_lse else (0,)
+    lse = qkv.new_empty(shape, dtype=torch.float32)
+    if out.numel() > 0:
+        with on_device(qkv):
+            for launch in plan_forward(
+                qkv, out, lse, num_heads, num_windows, q_stride, scale, compute_capability(qkv.device)
+            ):
+                launch.run()
+    return out, lse

@@ -1,0 +1,129 @@
+"""Which tiles, how many warps, how many units per program: the launch configuration of every attention kernel.
+
+Rules give a configuration to every legal shape; `TUNED` overrules them where a measurement has. Nothing is tuned while a
+model runs: a kernel is compiled once for each configuration.
+"""
+
+import contextlib
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from triton import next_power_of_2
+
+MAX_KEYS = 256
+SMALL_KEYS = 64  # up to here a program holds a whole window in the backward too
+MIN_ROWS = 16  # of a tile in tl.dot
+
+
+class Tiles(NamedTuple):
+    """The shape of a program. D0, D1: chunks of columns. For the others see attention.py and attention_backward.py."""
+
+    block_s: int
+    block_k: int
+    d0: int
+    d1: int
+    pack: int = 1
+    rounds: int = 1
+    copies: int = 1
+    num_warps: int = 4
+    num_stages: int = 1
+
+
+class Launch(NamedTuple):
+    """A kernel with everything that it is launched with."""
+
+    kernel: Any
+    grid: int
+    arguments: dict[str, Any]
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+    def run(self) -> None:
+        """Launch it on the current stream of the current device."""
+        self.kernel[(self.grid,)](
+            **self.arguments, **self.constexprs, num_warps=self.num_warps, num_stages=self.num_stages
+        )
+
+
+# (direction, S, K, D, bits of the dtype, major compute capability) -> fields of Tiles to replace.
+# Written by `python -m benchmarks.ops mask_unit_attention --tune` on a GPU; empty until one has been measured.
+TUNED: dict[tuple[str, int, int, int, int, int], dict[str, int]] = {}
+
+
+def chunks(head_dim: int, least: int = 16) -> tuple[int, int]:
+    """D as one or two powers of two, each at least 16: 96 = 64 + 32, 72 -> 64 + 16, 56 -> 64 + 0.
+
+    D rounded up to one power of two would cost a third of the registers and of the shared memory of 96 and 72; for 56
+    there is nothing to gain, because 32 + 32 is 64 as well. `least`: of the second chunk.
+    """
+    d0 = max(16, 1 << (head_dim.bit_length() - 1))
+    if d0 >= head_dim:
+        return d0, 0
+    d1 = max(least, next_power_of_2(head_dim - d0))
+    return (d0, d1) if d1 < d0 else (2 * d0, 0)
+
+
+def one_chunk(head_dim: int) -> tuple[int, int]:
+    """D as one power of two of at least 64, more columns than the rows of a tile have."""
+    return max(64, next_power_of_2(head_dim)), 0
+
+
+def tiles(direction: str, S: int, P: int, D: int, itemsize: int, capability: tuple[int, int]) -> Tiles:
+    """The configuration of one kernel: "forward", "backward" (K <= 64), "backward_q" or "backward_kv" (longer rows)."""
+    K = P * S
+    if K <= 32:
+        found = _packed(direction, S, P, D)
+    elif K <= SMALL_KEYS:
+        found = _window(S, P, D, itemsize)
+    else:
+        found = _long(direction, S, P, D, capability)
+    return found._replace(**TUNED.get((direction, S, K, D, 8 * itemsize, capability[0]), {}))
+
+
+def _packed(direction: str, S: int, P: int, D: int) -> Tiles:
+    """Up to 32 keys: a unit for each of four warps. Heads are counted first, so neighbouring heads are together."""
+    block_s, block_k = (max(MIN_ROWS, next_power_of_2(rows)) for rows in (S, P * S))
+    if direction == "backward" and P > 1 and S < MIN_ROWS:
+        return Tiles(block_k, block_k, *chunks(D), pack=4, copies=P)
+    return Tiles(block_s, block_k, *chunks(D), pack=4)
+
+
+def _window(S: int, P: int, D: int, itemsize: int) -> Tiles:
+    """33 to 64 keys: a unit for four warps, two units in turn where neighbouring heads share a 32-byte sector."""
+    block_s = max(MIN_ROWS, next_power_of_2(S))
+    # Triton gives all warps of a chain of products to the rows if the first tile that it meets has no more columns than
+    # rows; with 16 rows every warp would then do all the work. A second chunk of 32 columns prevents it.
+    d0, d1 = chunks(D, least=32 if block_s == 16 else 16)
+    return Tiles(block_s, 64, d0, d1, rounds=1 if D * itemsize % 32 == 0 else 2)
+
+
+def _long(direction: str, S: int, P: int, D: int, capability: tuple[int, int]) -> Tiles:
+    """65 to 256 keys: what compiles without spills (tests/gates).
+
+    wgmma (sm_90) and tcgen05 (sm_100) want 64 rows. Where registers do not suffice for them, and on sm_80, products are
+    mma.sync, whose warps must be given to the columns (see _window): one chunk of columns.
+    """
+    block_s, block_k = max(MIN_ROWS, min(64, next_power_of_2(S))), next_power_of_2(P * S)
+    old = capability[0] < 9
+    if direction == "backward_kv":
+        if D <= 64:
+            return Tiles(block_s, 64, *chunks(D))
+        return Tiles(block_s, 32, *one_chunk(D)) if old else Tiles(block_s, 64, *chunks(D), num_warps=8)
+    if direction == "backward_q" and (old or (capability[0] == 9 and (P > 1 or chunks(D)[0] == 128))):
+        return Tiles(min(32, block_s), block_k, *one_chunk(D), num_warps=4 if old and P > 1 and D <= 64 else 8)
+    if old:
+        return Tiles(min(32, block_s) if D <= 64 else block_s, block_k, *one_chunk(D), num_warps=8)
+    return Tiles(block_s, block_k, *chunks(D), num_warps=4 if block_k <= 128 else 8)
+
+
+@functools.cache
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """(major, minor) of a CUDA device; (0, 0) for the CPU of the interpreter."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device: make it the one of `x`."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
