@@ -144,7 +144,9 @@ class _Run:
         state = random.getstate()
         try:
             with torch.random.fork_rng(devices=[]), torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-                torch.manual_seed(7)
+                # Not torch.manual_seed: it seeds every GPU too, which would never get back the state that it had, and
+                # all ranks of a training would draw the same masks and dropout from here on.
+                torch.default_generator.manual_seed(7)
                 outputs = tensors_in(function(module, *self.probe.arguments, **self.probe.keywords))
                 weights = Fresh(torch.float64)
                 loss = sum((o.double() * weights.constant(*o.shape)).sum() for o in outputs)
