@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from hiera_kernels.measure import GRADIENT, TrainingStep, nearby_batch, step_bytes, step_seconds
+from hiera_kernels.measure import GRADIENT, TrainingStep, nearby_batch, random_numbers_kept, step_bytes, step_seconds
 from hiera_kernels.report import Report
 from hiera_kernels.swap import accelerate, restore
 
@@ -136,7 +136,7 @@ def check(
     cuda = [tensor.device for tensor in model.parameters() if tensor.is_cuda]
     device = cuda[0] if cuda else torch.device("cpu")
 
-    with torch.random.fork_rng(devices=sorted({d.index or 0 for d in cuda}) if cuda else []), torch.enable_grad():
+    with random_numbers_kept(model), torch.enable_grad():
         steps = {"stock": TrainingStep(stock, batch, loss), "accelerated": TrainingStep(fast, batch, loss)}
         rows, oracle = _compare(model, steps)
         rows = _second_look(rows, model, steps, batch)

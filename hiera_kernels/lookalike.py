@@ -1,8 +1,8 @@
 """Small look-alikes of a module, and the comparison of two functions on them.
 
-A look-alike is an instance of the module's class that never saw `__init__`: plain settings are copied from the module,
-everything that computes is a fresh small stand-in. Nothing of the user's is called or read but settings: parameters
-may be on the meta device, sharded or quantised, hooks stay silent, and no random number generator moves.
+A look-alike is an instance of the module's class that never saw `__init__`: it holds what the adapter gives it, small
+settings and fresh small stand-ins for everything that computes. Nothing of the user's module is called or read:
+parameters may be on the meta device, sharded or quantised, hooks stay silent, and no random number generator moves.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ class Affine:
 
 @dataclass
 class Probe:
-    """One call on a look-alike: what the look-alike holds besides the copied settings, and the arguments."""
+    """One call on a look-alike: what the look-alike holds, and the arguments."""
 
     name: str
     holds: dict[str, object]
@@ -66,55 +66,52 @@ class Probe:
     keywords: dict[str, object] = field(default_factory=dict)
 
 
-def settings(module: nn.Module) -> dict[str, object]:
-    """The plain data among the attributes of `module` itself."""
-    return {name: value for name, value in vars(module).items() if name not in _OWN_ATTRIBUTES and _is_plain(value)}
+class NotComparable(Exception):
+    """A call on a look-alike failed: the message says which, and how."""
 
 
-def other_attributes(module: nn.Module) -> dict[str, object]:
-    """Everything that a look-alike cannot copy: parameters, buffers, submodules, and objects of any kind."""
-    found = {
-        name: value for name, value in vars(module).items() if name not in _OWN_ATTRIBUTES and not _is_plain(value)
-    }
+def attributes(module: nn.Module) -> dict[str, object]:
+    """Everything that `module` itself holds: settings, parameters, buffers, submodules, and objects of any kind."""
+    found = {name: value for name, value in vars(module).items() if name not in _OWN_ATTRIBUTES}
     for name in ("_parameters", "_buffers", "_modules"):
         found.update(vars(module)[name])
     return found
 
 
-def difference(
-    cls: type, probes: Callable[[Fresh], list[Probe]], given: dict[str, object], stock: Callable, ours: Callable
-) -> str | None:
+def difference(cls: type, probes: Callable[[Fresh], list[Probe]], stock: Callable, ours: Callable) -> str | None:
     """How `ours(module, ...)` and `stock(module, ...)` differ on look-alikes of class `cls`; None if they do not.
 
     Args:
         cls: The class whose methods the look-alikes have.
         probes: Makes the calls to compare, out of fresh tensors.
-        given: Settings to copy.
         stock, ours: The two functions, called with a look-alike and a probe's arguments.
 
     Outputs and the gradients of every floating-point leaf are compared, in training and in eval mode, in fp64 (relative
     difference at most 1e-9, fp64 rounding being 1e-16) and under bf16 autocast, where both round in their own ways:
     within 5 %, and the output dtypes must be equal.
+
+    Raises:
+        NotComparable: if one of the two functions fails.
     """
     with _nothing_switched_on():
-        return _first_difference(cls, probes, given, stock, ours)
+        return _first_difference(cls, probes, stock, ours)
 
 
-def _first_difference(cls, probes, given, stock, ours):
+def _first_difference(cls, probes, stock, ours):
     for dtype, autocast, tolerance in ((torch.float64, False, 1e-9), (torch.float32, True, 5e-2)):
         fresh = Fresh(dtype)
         for probe in probes(fresh):
             for training in (True, False):
-                run = _Run(cls, {**given, **probe.holds, "training": training}, probe, fresh.leaves, autocast)
+                run = _Run(cls, {**probe.holds, "training": training}, probe, fresh.leaves, autocast)
                 where = f"{probe.name}, {'training' if training else 'eval'}{', bf16 autocast' if autocast else ''}"
                 try:
                     expected = run(stock)
                 except Exception as error:
-                    return f"it could not be run on a small copy ({where}: {_brief(error)})"
+                    raise NotComparable(f"it could not be run on a small copy ({where}: {_brief(error)})") from error
                 try:
                     actual = run(ours)
                 except Exception as error:
-                    return f"the op refused what it accepts ({where}: {_brief(error)})"
+                    raise NotComparable(f"the op refused what it accepts ({where}: {_brief(error)})") from error
                 if reason := _unequal(expected, actual, tolerance):
                     return f"{reason} ({where})"
     return None
@@ -123,8 +120,11 @@ def _first_difference(cls, probes, given, stock, ours):
 @contextlib.contextmanager
 def _nothing_switched_on():
     """Default state of everything that the caller may have switched on and that would reach our small tensors."""
-    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
-        yield
+    # No mode that intercepts operations either: fake tensors have no numbers. DisableTorchFunction turns off the modes
+    # of that kind, a default device among them; the other turns off dispatch modes.
+    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
 
 
 @dataclass
@@ -144,7 +144,9 @@ class _Run:
         state = random.getstate()
         try:
             with torch.random.fork_rng(devices=[]), torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-                torch.manual_seed(7)
+                # Not torch.manual_seed: it seeds every GPU too, which would never get back the state that it had, and
+                # all ranks of a training would draw the same masks and dropout from here on.
+                torch.default_generator.manual_seed(7)
                 outputs = tensors_in(function(module, *self.probe.arguments, **self.probe.keywords))
                 weights = Fresh(torch.float64)
                 loss = sum((o.double() * weights.constant(*o.shape)).sum() for o in outputs)

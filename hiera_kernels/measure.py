@@ -1,7 +1,9 @@
 """One training step of one model: run it, time it, weigh it."""
 
+import contextlib
+import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -16,10 +18,12 @@ class TrainingStep:
     def __init__(self, model, batch, loss, dtype=None):
         self.model, self.loss = model, loss or _projection
         self.batch = cast(batch, dtype)
+        self.generators = _generators(model)
 
     def forward(self):
         """(output, loss) of the model on the batch."""
-        torch.manual_seed(0)
+        for generator in self.generators:
+            generator.manual_seed(0)
         if isinstance(self.batch, Mapping):
             output = self.model(**self.batch)
         elif isinstance(self.batch, torch.Tensor):
@@ -50,6 +54,26 @@ class TrainingStep:
         found = {name: tensor.detach().clone() for name, tensor in found.items()}
         self.model.zero_grad(set_to_none=True)
         return found
+
+
+@contextlib.contextmanager
+def random_numbers_kept(model) -> Iterator[None]:
+    """Put back on leaving the state of the generators that a :class:`TrainingStep` of this model seeds."""
+    states = [(generator, generator.get_state()) for generator in _generators(model)]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
+
+
+def _generators(model) -> list[torch.Generator]:
+    """The default generators of the CPU and of the model's own devices: other GPUs may be at work for others."""
+    devices = {tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())}
+    found = [torch.default_generator]
+    for device in sorted((d for d in devices if d.type in ("cuda", "xpu")), key=str):
+        found.append(torch.get_device_module(device).default_generators[device.index])
+    return found
 
 
 def _projection(output):

@@ -1,15 +1,18 @@
-"""Is this module what it looks like? Structure first, then numbers, once per class and setting.
+"""Is this module what it looks like? Structure and code first, then numbers, once per class.
 
 Nothing here calls the user's module, its submodules or its hooks (see `hiera_kernels.lookalike`).
 """
 
+import functools
+import inspect
+import threading
 import types
 import weakref
 from collections.abc import Iterator
 
 from torch import nn
 
-from hiera_kernels.lookalike import Fresh, Probe, difference, other_attributes, settings
+from hiera_kernels.lookalike import Fresh, NotComparable, Probe, attributes, difference
 from hiera_kernels.subclass import stock_class
 
 
@@ -37,6 +40,10 @@ class Target:
         """The calls that tell the original from anything else."""
         raise NotImplementedError
 
+    def note(self, module: nn.Module) -> str | None:
+        """What else the report should say of a module that is swapped, or None."""
+        return None
+
     @staticmethod
     def applies(module: nn.Module, *args, **kwargs) -> bool:
         """Asked at every call: whether `fused` serves it. Where not, the original runs."""
@@ -50,6 +57,9 @@ class Target:
 
 _VERDICTS: "weakref.WeakKeyDictionary[type, dict]" = weakref.WeakKeyDictionary()
 
+# One comparison at a time: each saves, seeds and restores the CPU's one generator. It guards the verdicts, too.
+_COMPARING = threading.RLock()
+
 
 def refusal(module: nn.Module, target: Target) -> str | None:
     """Why `module` cannot be swapped as `target`, in words; None if it can."""
@@ -61,54 +71,99 @@ def refusal(module: nn.Module, target: Target) -> str | None:
         return f"the `{target.method}` of its class is not a Python function"
     if hasattr(method, "_torchdynamo_orig_callable"):
         return f"the `{target.method}` of its class is compiled by itself"
-    if reason := target.obstacle(module):
+    if registry := next((base for base in own_bases(cls) if _registers(base)), None):
+        return f"its class cannot be extended unseen: {registry.__qualname__} defines `__init_subclass__`"
+    if reason := target.obstacle(module) or _unlike_arguments(method, target):
         return reason
-    code = reachable_code(cls, target.method, target.opaque)
-    names = {name for each in code for name in _names_in(each)}
-    for name, value in other_attributes(module).items():
-        if name in names and name not in target.known and value is not None:
-            return f"its `{target.method}` reads `{name}` ({type(value).__name__}), which hiera_kernels does not know"
-    given = {name: value for name, value in settings(module).items() if name in names}
-    return _verdict(cls, code, module, target, given)
+    code, names = reach(cls, target.method, target.opaque)
+    return _unknown_setting(module, cls, names, target) or _unseen(names, target) or _verdict(cls, code, module, target)
 
 
-def _verdict(cls: type, code: frozenset[types.CodeType], module: nn.Module, target: Target, given: dict) -> str | None:
-    extra = {name: value for name, value in given.items() if name not in target.known}
-    verdicts = _VERDICTS.setdefault(cls, {})
-    # The code itself, because a class may be patched between two calls of accelerate.
-    key = (target.name, code, repr(sorted(extra.items())))
-    if key not in verdicts:
-        method = getattr(cls, target.method)
-        reason = None
-        for variant in (given, _disturbed(given, target.known)):
-            reason = reason or difference(
-                cls, lambda fresh: target.probes(module, fresh), variant, method, target.fused
-            )
-        verdicts[key] = reason
-    return verdicts[key]
+def _registers(base: type) -> bool:
+    # These three do nothing with a class that a second one of the same name would upset.
+    known = base.__module__.partition(".")[0] in ("typing", "huggingface_hub", "torch")
+    return "__init_subclass__" in vars(base) and not known
 
 
-def _disturbed(given: dict, known: frozenset[str]) -> dict:
-    """Numbers and flags that the op does not follow must not matter: with others in their place nothing may change.
+def _unlike_arguments(method: types.FunctionType, target: Target) -> str | None:
+    """The op has to take every call that the original takes: the same arguments first, with the same defaults."""
+    wanted, offered = (list(inspect.signature(f).parameters.values())[1:] for f in (method, target.fused))
+    for i, parameter in enumerate(wanted):
+        ours = offered[i] if i < len(offered) else None
+        same = ours is not None and (parameter.name, parameter.kind) == (ours.name, ours.kind)
+        if not same or not (parameter.default is ours.default or parameter.default is inspect.Parameter.empty):
+            return f"its `{target.method}` takes other arguments than hiera_kernels knows: `{parameter}`"
+    return None
 
-    A dropout rate of 0 that a schedule raises later would be lost in silence otherwise.
+
+def _unknown_setting(module: nn.Module, cls: type, names: frozenset[str], target: Target) -> str | None:
+    """Whatever the method reads and `fused` does not follow: what is without effect today may have one tomorrow.
+
+    A dropout rate of 0 that a schedule raises later would be lost in silence.
     """
-    changed = dict(given)
-    for name, value in given.items():
-        if name not in known and isinstance(value, bool):
-            changed[name] = not value
-        elif name not in known and isinstance(value, float):
-            changed[name] = value * 0.5 + 0.25
-    return changed
+    for name, value in {**class_attributes(cls), **attributes(module)}.items():
+        if name in names and name not in target.known:
+            return f"its `{target.method}` reads `{name}` ({type(value).__name__}), which hiera_kernels does not know"
+    return None
 
 
-def reachable_code(cls: type, method: str, opaque: frozenset[str] = frozenset()) -> frozenset[types.CodeType]:
-    """The code of a method and of what it may call: methods by name (but `opaque` ones), functions by their globals.
+def _unseen(names: frozenset[str], target: Target) -> str | None:
+    """What changes no number here, on small tensors on the CPU, and is wanted all the same."""
+    for name in sorted(names):
+        if "checkpoint" in name or name in ("save_on_cpu", "saved_tensors_hooks"):
+            return f"its `{target.method}` decides what is kept in memory for the backward (`{name}`)"
+        if "autocast" in name or name in _ABOUT_THE_DEVICE:
+            return f"its `{target.method}` may depend on the device (`{name}`), and is compared only on the CPU"
+    return None
 
-    More than runs, never less, but for what PyTorch or C hides.
+
+_ABOUT_THE_DEVICE = frozenset(
+    ("amp", "custom_fwd", "custom_bwd", "cuda", "xpu", "mps", "hip", "is_cpu", "is_cuda", "is_xpu", "is_mps")
+)
+
+
+def _verdict(cls: type, code: frozenset[types.CodeType], module: nn.Module, target: Target) -> str | None:
+    with _COMPARING:
+        verdicts = _VERDICTS.setdefault(cls, {})
+        key = (target.name, code)  # the code itself, because a class may be patched between two calls of accelerate
+        if key not in verdicts:
+            try:
+                method = getattr(cls, target.method)
+                verdicts[key] = difference(cls, lambda fresh: target.probes(module, fresh), method, target.fused)
+            except NotComparable as error:
+                return str(error)  # and no verdict: out of memory, say, is no property of the class
+        return verdicts[key]
+
+
+def class_attributes(cls: type) -> dict[str, object]:
+    """What the class and its bases hold besides methods: instances without an attribute of that name read these."""
+    found: dict[str, object] = {}
+    for base in reversed(own_bases(cls)):
+        found.update(vars(base))
+    methods = (types.FunctionType, staticmethod, classmethod, property)  # `reach` follows them
+    return {
+        name: value
+        for name, value in found.items()
+        if not isinstance(value, methods) and not (name.startswith("__") and name.endswith("__"))
+    }
+
+
+def own_bases(cls: type) -> list[type]:
+    """The class and its bases, mixins on either side of nn.Module too, but not nn.Module's own."""
+    return [base for base in cls.__mro__ if base not in nn.Module.__mro__]
+
+
+def reach(
+    cls: type, method: str, opaque: frozenset[str] = frozenset()
+) -> tuple[frozenset[types.CodeType], frozenset[str]]:
+    """The code of a method and of what it may call (methods by name, but `opaque` ones; functions by their globals),
+    and every name in it: attributes, variables, words in quotes, and what PyTorch's functions in it are really called.
+
+    More than runs, never less, but for what PyTorch, classes or C hide.
     """
     queue = list(_definitions(cls, method))
     seen: set[types.CodeType] = set()
+    found: set[str] = set()
     while queue:
         function = queue.pop()
         if not isinstance(function, types.FunctionType) or function.__code__ in seen:
@@ -117,20 +172,24 @@ def reachable_code(cls: type, method: str, opaque: frozenset[str] = frozenset())
         queue += [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
         queue.append(getattr(function, "__wrapped__", None))
         names = set(_names_in(function.__code__))
+        found |= names
         scopes = [function.__globals__]
         scopes += [vars(m) for n in names if isinstance(m := function.__globals__.get(n), types.ModuleType)]
         for name in names:
             called = [scope.get(name) for scope in scopes if name in scope]
             if name not in opaque:
                 called += _definitions(cls, name)
-            queue += [c for c in called if not str(getattr(c, "__module__", None)).startswith("torch.")]
-    return frozenset(seen)
+            for each in called:
+                each = each.func if isinstance(each, functools.partial) else each
+                if str(getattr(each, "__module__", None)).startswith("torch."):
+                    found.add(str(getattr(each, "__name__", None)))
+                else:
+                    queue.append(each)
+    return frozenset(seen), frozenset(found)
 
 
 def _definitions(cls: type, name: str) -> Iterator[object]:
-    for base in cls.__mro__:
-        if base is nn.Module:
-            return
+    for base in own_bases(cls):
         value = vars(base).get(name)
         if isinstance(value, property):
             yield from (value.fget, value.fset)
@@ -139,9 +198,9 @@ def _definitions(cls: type, name: str) -> Iterator[object]:
 
 
 def _names_in(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
+    yield from (code.co_name, *code.co_names, *code.co_freevars)
     for constant in code.co_consts:
-        if isinstance(constant, str):
+        if isinstance(constant, str) and constant.isidentifier():
             yield constant
         elif isinstance(constant, types.CodeType):
             yield from _names_in(constant)

@@ -102,8 +102,8 @@ class EmbeddingInForward(Target):
 
     def probes(self, module, fresh):
         """Logits alone and with intermediates, and the list that SlowFast passes."""
-        parts = {"stage_ends": [0, 2], "mask_spatial_shape": [2, 2], "mu_size": 6, "norm": Affine(fresh, 4, 4)}
-        parts["head"] = Affine(fresh, 4, 5)
+        parts = {"stage_ends": [0, 2], "mask_spatial_shape": [2, 2], "mu_size": 6, "norm": _Norm(fresh, 4)}
+        parts["head"] = _Head(fresh, 4, 5)
         parts["blocks"] = [_TokenMixer(fresh) for _ in range(3)]
         parts["reroll"] = lambda x, block_idx, mask=None: x.flip(1) * (block_idx + 1)
         parts.update(_embedding_parts(fresh))
@@ -165,6 +165,10 @@ def _unnoticed(module):
     )
 
 
+# What stands in for blocks, norm and head is not affine: affine maps commute with the mean over tokens, and a model
+# that norms before it pools would pass for one that pools before it norms.
+
+
 class _TokenMixer:
     """Stands in for a block: every token depends on those before it, so that their order shows."""
 
@@ -172,7 +176,24 @@ class _TokenMixer:
         self.weight = fresh(1, 1, 4)
 
     def __call__(self, x):
-        return x + (x * self.weight).cumsum(1) / x.shape[1]
+        return x + torch.tanh((x * self.weight).cumsum(1) / x.shape[1])
+
+
+class _Norm:
+    """Stands in for a LayerNorm."""
+
+    def __init__(self, fresh, dim):
+        self.weight, self.bias = fresh(dim), fresh(dim)
+
+    def __call__(self, x):
+        return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias)
+
+
+class _Head(Affine):
+    """Stands in for the classifier, which may end in a softmax."""
+
+    def __call__(self, x):
+        return torch.tanh(super().__call__(x))
 
 
 class _PatchEmbed:
