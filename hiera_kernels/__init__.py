@@ -4,7 +4,7 @@ The swap: `accelerate`, `restore`, `explain`, `disabled`, `check`. The ops: `mas
 `reroll`, `reroll_masked`, `embed_tokens`; `reference` holds each of them as a plain PyTorch function.
 """
 
-from hiera_kernels import reference
+from hiera_kernels import kernels, reference  # noqa: F401  (importing the kernels registers them)
 from hiera_kernels.compare import Comparison, check
 from hiera_kernels.ops import disabled, embed_tokens, mask_unit_attention, q_pool, reroll, reroll_masked, unroll
 from hiera_kernels.report import Report
