@@ -189,15 +189,28 @@ def _rewritten(member, cls, itself):
         functions = (member.fget, member.fset, member.fdel)
         copies = [_rewritten(function, cls, itself) for function in functions]
         return member if all(map(operator.is_, copies, functions)) else property(*copies, doc=member.__doc__)
-    if not isinstance(member, types.FunctionType) or "__class__" not in member.__code__.co_freevars:
+    if not isinstance(member, types.FunctionType) or member.__closure__ is None:
         return member
-    cells = zip(member.__code__.co_freevars, member.__closure__, strict=True)
-    closure = tuple(itself if name == "__class__" and cell.cell_contents is cls else cell for name, cell in cells)
+    closure = tuple(_rewritten_cell(cell, cls, itself, member) for cell in member.__closure__)
+    if all(map(operator.is_, closure, member.__closure__)):
+        return member
     made = types.FunctionType(member.__code__, member.__globals__, member.__name__, member.__defaults__, closure)
     made.__kwdefaults__ = member.__kwdefaults__
     functools.update_wrapper(made, member)
-    del made.__wrapped__
+    made.__dict__ = dict(vars(member))  # without the `__wrapped__` of update_wrapper
     return made
+
+
+def _rewritten_cell(cell, cls, itself, holder):
+    try:
+        content = cell.cell_contents
+    except ValueError:  # empty
+        return cell
+    if content is cls:
+        return itself
+    # A decorator keeps what it decorates in a cell; a function that calls itself keeps itself.
+    inner = content if content is holder else _rewritten(content, cls, itself)
+    return cell if inner is content else types.CellType(inner)
 
 
 def _own_names(cls):

@@ -170,6 +170,10 @@ def test_restore_below_a_class_derived_since():
         def width(self):
             return super().extra_repr(), self.dim
 
+        @torch.no_grad()
+        def quietly(self, x):
+            return super().forward(x)
+
         @staticmethod
         def kind():
             return __class__
@@ -180,6 +184,7 @@ def test_restore_below_a_class_derived_since():
     assert not swapped(module)
     assert type(module).__mro__[1] is MaskUnitAttention
     assert torch.equal(module(x), 2 * expected)
+    assert torch.equal(module.quietly(x), expected)
     assert module.width == ("", 8)
     assert module.kind() is type(module)
 
