@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
+from hiera_kernels.lookalike import tensors_in
 from hiera_kernels.measure import GRADIENT, TrainingStep, nearby_batch, random_numbers_kept, step_bytes, step_seconds
 from hiera_kernels.report import Report
 from hiera_kernels.swap import accelerate, restore
@@ -123,13 +124,14 @@ def check(
     Raises:
         TypeError: if `model` is no module, `batch` none of the three, or `loss` gives no scalar tensor.
         ValueError: if nothing in the model can be recognised, it is sharded, has no gradient to compare, or repeats <
-            1.
+            1; and under `torch.inference_mode()`, or with tensors made there, which no backward can use.
     """
     model = _unwrapped(model)
     if not isinstance(batch, (torch.Tensor, tuple, list, Mapping)):
         raise TypeError(f"batch must be a tensor, a tuple of arguments or a dict of them, got {type(batch).__name__}")
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
+    _refuse_inference_tensors(model, batch)
     stock, fast = copy.deepcopy(model), copy.deepcopy(model)
     restore(stock)
     report = accelerate(fast)
@@ -257,6 +259,15 @@ def _precision(model) -> torch.dtype:
     if torch.is_autocast_enabled(device):
         dtypes.append(torch.get_autocast_dtype(device))
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _refuse_inference_tensors(model, batch):
+    if torch.is_inference_mode_enabled():
+        raise ValueError("check runs training steps, and torch.inference_mode() is on: call it outside")
+    values = list(batch.values()) if isinstance(batch, Mapping) else batch
+    for name, value in (("model", list(model.state_dict(keep_vars=True).values())), ("batch", values)):
+        if any(tensor.is_inference() for tensor in tensors_in(value)):
+            raise ValueError(f"{name} holds tensors made in inference mode, which no backward can use: clone() them")
 
 
 def _unwrapped(model):

@@ -10,6 +10,7 @@ import types
 import weakref
 from collections.abc import Iterator
 
+import torch.nn.functional as F
 from torch import nn
 
 from hiera_kernels.lookalike import Fresh, NotComparable, Probe, attributes, difference
@@ -76,7 +77,12 @@ def refusal(module: nn.Module, target: Target) -> str | None:
     if reason := target.obstacle(module) or _unlike_arguments(method, target):
         return reason
     code, names = reach(cls, target.method, target.opaque)
-    return _unknown_setting(module, cls, names, target) or _unseen(names, target) or _verdict(cls, code, module, target)
+    return (
+        _unknown_setting(module, cls, names, target)
+        or _looked_up(code, target)
+        or _unseen(names, target)
+        or _verdict(cls, code, module, target)
+    )
 
 
 def _registers(base: type) -> bool:
@@ -104,6 +110,18 @@ def _unknown_setting(module: nn.Module, cls: type, names: frozenset[str], target
     for name, value in {**class_attributes(cls), **attributes(module)}.items():
         if name in names and name not in target.known:
             return f"its `{target.method}` reads `{name}` ({type(value).__name__}), which hiera_kernels does not know"
+    return None
+
+
+def _looked_up(code: frozenset[types.CodeType], target: Target) -> str | None:
+    """The same for what is not there yet: `getattr(self, "drop", 0.0)`."""
+    for each in code:
+        if each.co_varnames[:1] != ("self",) or not {"getattr", "hasattr"} & set(each.co_names):
+            continue
+        for name in each.co_consts:
+            # hasattr(F, "scaled_dot_product_attention") asks which PyTorch this is.
+            if isinstance(name, str) and name.isidentifier() and name not in target.known and not hasattr(F, name):
+                return f"its `{target.method}` looks for `{name}`, which may be set later"
     return None
 
 

@@ -6,12 +6,15 @@ class that it extends, so `repr` and error messages stay as they were, and it st
 """
 
 import functools
+import operator
 import threading
+import types
 import warnings
 import weakref
 
 import torch
 from torch import nn
+from torch.fx import Proxy
 
 from hiera_kernels.ops.switch import is_disabled
 
@@ -140,8 +143,10 @@ def _entry(original, target):
 
     @functools.wraps(original)
     def method(self, *args, **kwargs):
-        # torch.jit.trace turns sizes into tensors, which the ops refuse; a trace is plain PyTorch, as it always was.
-        if is_disabled() or torch.jit.is_tracing() or not applies(self, *args, **kwargs):
+        # torch.jit.trace turns sizes into tensors, and torch.fx tensors into proxies, which the ops refuse; a trace is
+        # plain PyTorch, as it always was.
+        traced = torch.jit.is_tracing() or any(isinstance(item, Proxy) for item in (*args, *kwargs.values()))
+        if traced or is_disabled() or not applies(self, *args, **kwargs):
             return original(self, *args, **kwargs)
         return fused(self, *args, **kwargs)
 
@@ -165,9 +170,47 @@ def _rebased(cls, old, new):
         if new in source.__mro__ and names == _own_names(cls):
             return source
     bases = tuple(_rebased(base, old, new) if issubclass(base, old) else base for base in cls.__bases__)
-    namespace = {name: vars(cls)[name] for name in _own_names(cls)}
+    itself = types.CellType()
+    namespace = {name: _rewritten(vars(cls)[name], cls, itself) for name in _own_names(cls)}
     namespace["rebased_from"] = (cls, _own_names(cls))
-    return type(cls)(cls.__name__, bases, namespace)
+    itself.cell_contents = made = type(cls)(cls.__name__, bases, namespace)
+    return made
+
+
+def _rewritten(member, cls, itself):
+    """`member` of `cls`; where it uses `super()` or `__class__`, a copy in which they mean the class in the cell.
+
+    Python binds the two to the class in whose body they were written.
+    """
+    if isinstance(member, (staticmethod, classmethod)):
+        inner = _rewritten(member.__func__, cls, itself)
+        return member if inner is member.__func__ else type(member)(inner)
+    if isinstance(member, property):
+        functions = (member.fget, member.fset, member.fdel)
+        copies = [_rewritten(function, cls, itself) for function in functions]
+        return member if all(map(operator.is_, copies, functions)) else property(*copies, doc=member.__doc__)
+    if not isinstance(member, types.FunctionType) or member.__closure__ is None:
+        return member
+    closure = tuple(_rewritten_cell(cell, cls, itself, member) for cell in member.__closure__)
+    if all(map(operator.is_, closure, member.__closure__)):
+        return member
+    made = types.FunctionType(member.__code__, member.__globals__, member.__name__, member.__defaults__, closure)
+    made.__kwdefaults__ = member.__kwdefaults__
+    functools.update_wrapper(made, member)
+    made.__dict__ = dict(vars(member))  # without the `__wrapped__` of update_wrapper
+    return made
+
+
+def _rewritten_cell(cell, cls, itself, holder):
+    try:
+        content = cell.cell_contents
+    except ValueError:  # empty
+        return cell
+    if content is cls:
+        return itself
+    # A decorator keeps what it decorates in a cell; a function that calls itself keeps itself.
+    inner = content if content is holder else _rewritten(content, cls, itself)
+    return cell if inner is content else types.CellType(inner)
 
 
 def _own_names(cls):

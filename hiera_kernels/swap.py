@@ -20,6 +20,9 @@ def accelerate(model: nn.Module) -> Report:
     (meta device). May be called again, and before or after `.to()`, `torch.compile`, DDP, `fully_shard`, and loading
     weights. A stored model accelerates itself when it is loaded.
 
+    For a second derivative through attention (a gradient penalty, say), which PyTorch's fused attention does not have
+    either, run the model under :func:`disabled() <hiera_kernels.disabled>`.
+
     Args:
         model: Any module; its submodules are searched (through DDP's `.module` and a compiled module's `_orig_mod`
             too).
@@ -97,7 +100,9 @@ def _report(model: nn.Module, findings: list[_Finding]) -> Report:
     report = Report()
     for finding in findings:
         if finding.reason is None:
-            report.replaced.append(Line(finding.path, _says(finding.target, device)))
+            note = finding.target.note(finding.module)
+            text = _says(finding.target, device) + (f"; {note}" if note else "")
+            report.replaced.append(Line(finding.path, text))
         else:
             report.skipped.append(Line(finding.path, f"{type(finding.module).__name__}: {finding.reason}"))
     return report

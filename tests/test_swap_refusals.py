@@ -136,6 +136,15 @@ class Switched(WithDropout):
         return self.attn_drop if self.drop else 0.0
 
 
+class LooksForIt(WithDropout):
+    def rate(self):
+        return getattr(self, "attn_drop", 0.0)
+
+
+def test_a_rate_that_is_set_later():
+    assert "looks for `attn_drop`" in why_not(attention(LooksForIt))
+
+
 @pytest.mark.parametrize("start", [0.0, 0, None, (), "class", "mixin", "switch", "None buffer"])
 def test_a_rate_that_is_raised_later(start):
     """No dropout yet: equal in every number, until a schedule sets a rate, which the op would not see."""

@@ -12,7 +12,7 @@ from torch.nn.modules import module as torch_module
 
 from hiera_kernels.adapters.hiera_transformer import UNROLL
 from hiera_kernels.lookalike import Affine, Probe
-from hiera_kernels.ops.token_order import embed_tokens
+from hiera_kernels.ops.token_order import embed_tokens, unroll
 from hiera_kernels.recognise import Target, refusal
 from hiera_kernels.reference import token_order
 from hiera_kernels.subclass import target_of
@@ -55,6 +55,10 @@ class EmbeddingMethod(Target):
             Probe("mask and kept units", holds, (x, mask, keep)),
         ]
 
+    def note(self, module):
+        """A hook that would be missed."""
+        return _noticed(module)
+
     @staticmethod
     def applies(module, x, mask=None, keep=None):
         """Where units are dropped, those of the mask must be those that unrolling makes."""
@@ -68,7 +72,7 @@ class EmbeddingMethod(Target):
         if mask is None and keep is not None:
             mask = torch.zeros(x.shape[0], math.prod(units), dtype=torch.bool, device=x.device).scatter(1, keep, True)
         tokens = module.patch_embed(x, mask=None if mask is None else mask.view(-1, 1, *units))
-        return embed_tokens(_patches(tokens, grid), module.get_pos_embed(grid), grid, module.unroll.schedule, keep)
+        return _embedded(tokens, module.get_pos_embed(grid), grid, module.unroll.schedule, keep)
 
 
 class EmbeddingInForward(Target):
@@ -113,6 +117,10 @@ class EmbeddingInForward(Target):
             Probe("intermediates", parts, ([x],), {"return_intermediates": True}),
         ]
 
+    def note(self, module):
+        """A hook that would be missed."""
+        return _noticed(module)
+
     @staticmethod
     def applies(module, x, mask=None, return_intermediates=False):
         """Not with a mask: how many units it keeps is known only after waiting for the device, as the original does."""
@@ -124,8 +132,7 @@ class EmbeddingInForward(Target):
         if isinstance(x, list):
             x = x[0]
         grid = module.unroll.size
-        patches = _patches(module.patch_embed(x, mask=None), grid)
-        x = embed_tokens(patches, module.get_pos_embed(), grid, module.unroll.schedule)
+        x = _embedded(module.patch_embed(x, mask=None), module.get_pos_embed(), grid, module.unroll.schedule)
         intermediates = []
         for i, block in enumerate(module.blocks):
             x = block(x)
@@ -138,9 +145,21 @@ class EmbeddingInForward(Target):
 TARGETS = (EmbeddingMethod(), EmbeddingInForward())
 
 
-def _patches(tokens, grid):
-    """Patch embedding's tokens [B, N, C] as the convolution wrote them, [B, C, *grid]: a view of the same memory."""
-    return tokens.transpose(1, 2).unflatten(2, tuple(grid))
+def _embedded(tokens, position, grid, schedule, keep=None):
+    """Patch embedding's tokens [B, N, C] and their position -> [B, N, C] unrolled, or the kept mask units of it."""
+    # The tokens as the convolution wrote them, [B, C, *grid]: a view of the same memory.
+    patches = tokens.transpose(1, 2).unflatten(2, tuple(grid))
+    if isinstance(position, torch.Tensor) and tuple(position.shape) == (1, *tokens.shape[1:]):
+        return embed_tokens(patches, position, grid, schedule, keep)
+    # An overridden get_pos_embed may return whatever can be added: a number, one position for each sample. Then only
+    # reordering and choosing are left to do.
+    x = unroll(tokens + position, grid, schedule)
+    if keep is None:
+        return x
+    b, n, c = x.shape
+    unit = math.prod([math.prod(step) for step in schedule])
+    kept = keep[:, None, :, None].expand(b, unit, keep.shape[1], c)
+    return x.view(b, unit, n // unit, c).gather(2, kept).reshape(b, unit * keep.shape[1], c)
 
 
 def _unit(module):
@@ -155,7 +174,11 @@ def _unroll_obstacle(module):
 
 def _unnoticed(module):
     """Whether fusing a submodule away changes nothing but time: it is ours, and no hook of it would be missed."""
-    return target_of(module) is not None and not (
+    return target_of(module) is not None and not _is_heard(module)
+
+
+def _is_heard(module):
+    return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
@@ -163,6 +186,10 @@ def _unnoticed(module):
         or "forward" in module.__dict__
         or torch_module._has_any_global_hook()
     )
+
+
+def _noticed(module):
+    return "not while a hook listens to its `unroll`, as one does now" if _is_heard(module.unroll) else None
 
 
 # What stands in for blocks, norm and head is not affine: affine maps commute with the mean over tokens, and a model
