@@ -1,7 +1,16 @@
 """The Triton kernels of mask-unit attention, interpreted, against the fp64 oracle: outputs and every gradient.
 
 What was broken on purpose, each alone, and which test went red:
-- (filled in below, at BROKEN)
+- the image index forgets W; the keys of a window taken as contiguous; only the first block of queries; padded keys in
+  the softmax; dk not scaled; the gradient's image stride K instead of S; copies or padding counted as queries: all by
+  test_forward_and_gradients, the first and the last by its shapes with B = 2 and S < 16 alone
+- the last maximum instead of the first, "first" giving to all ties: test_forward_and_gradients, test_gradient_of_ties
+- NaN losing in the maximum, copies of an inf gradient not cleared, "split" stopping a NaN, padded queries left in P or
+  in dS of the long kernel: only by test_inf_and_nan_go_where_pytorch_sends_them_and_nowhere_else
+- the other one of the two row statistics, the last block of queries left out, partial sums that overwrite each other
+  or start undefined: test_forward_and_gradients with K > 64
+- padded queries stored, 8 columns too many: test_every_element_is_written_and_nothing_outside_is_touched (before it
+  existed, pytest crashed)
 """
 
 import numpy as np
@@ -86,6 +95,43 @@ def assert_close(got, want, tolerance):
         assert np.abs(got[finite] - want[finite]).max() <= tolerance * np.abs(want[finite]).max()
 
 
+# First in the file: the kernel that writes elsewhere is named before it has corrupted the process.
+@pytest.mark.parametrize(
+    "shape",
+    [(4, 4, 3, 1, 24, 1), (7, 1, 3, 3, 8, 1), (12, 4, 2, 1, 40, 2), (49, 1, 1, 2, 72, 1), (65, 1, 2, 1, 8, 1)],
+    ids=str,
+)
+def test_every_element_is_written_and_nothing_outside_is_touched(shape):
+    """Outputs start as a number that no result is, inputs lie between NaN: neither padding nor tail reads or writes."""
+    from hiera_kernels.kernels.attention import plan_forward
+    from hiera_kernels.kernels.attention_backward import partial_sums, plan_backward
+
+    _, P, W, H, _, _ = shape
+    qkv, grad = draw(shape)
+    want = expected(qkv, grad, shape)
+
+    def fenced(like, fill, fence):
+        memory = torch.full((like.numel() + 2 * 4096,), fence)
+        inside = memory[4096:-4096].view(like.shape)
+        inside.copy_(like) if fill is None else inside.fill_(fill)
+        return inside, memory
+
+    qkv, _ = fenced(qkv, None, float("nan"))
+    grad, _ = fenced(grad, None, float("nan"))
+    outputs = [fenced(torch.from_numpy(like), -777.0, 555.0) for like in want]
+    (out, _), (lse, _), (grad_qkv, _) = outputs
+    partial = partial_sums(qkv, H, W, P, (0, 0))
+    args = (H, W, P, None)
+    launches = plan_forward(qkv, out, lse, *args, (0, 0))
+    launches += plan_backward(grad, qkv, grad_qkv, partial, *args, "first", (0, 0))
+    for each in launches:
+        each.run()
+    for (got, memory), like in zip(outputs, want, strict=True):
+        assert_close(got, like, TOLERANCE[torch.float32])
+        assert bool((memory[:4096] == 555).all())
+        assert bool((memory[-4096:] == 555).all())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
 def test_forward_and_gradients(shape, dtype):
@@ -143,7 +189,7 @@ POISON = {
     ids=str,
 )  # fmt: skip
 def test_inf_and_nan_go_where_pytorch_sends_them_and_nowhere_else(shape, what):
-    """One poisoned number, in the first window's last token: its unit has the oracle's pattern, every other is unharmed."""
+    """One poisoned number, in the first window's last token: its unit has the oracle's pattern, no other is harmed."""
     S, P, W, H, D, _ = shape
     ties = "split" if what.endswith("q") else "first"
     qkv, grad = draw(shape)
@@ -154,6 +200,8 @@ def test_inf_and_nan_go_where_pytorch_sends_them_and_nowhere_else(shape, what):
         grad[0, (S - 1) * W, 0] = value
     else:
         qkv[0, last, part * H * D + 1] = value
+        if what == "-inf in k":  # times a positive query: the key has weight 0, and its dk is finite
+            qkv[0, ::W, 1] = qkv[0, ::W, 1].abs() + 0.25
     got = launch(qkv, grad, shape, ties=ties)
     for tensor, want in zip(got[:3], expected(qkv, grad, shape, ties=ties), strict=True):
         assert_close(tensor, want, TOLERANCE[torch.float32])

@@ -1,7 +1,7 @@
 """The Triton kernels, registered under the ops that hiera_kernels.ops defines, where Triton is installed.
 
-A registered function takes what the op takes. It hands a legal input that no kernel serves over to the op's default, the
-reference. Triton itself is imported at the first call: `import hiera_kernels` stays quick.
+A registered function takes what the op takes. A legal input that no kernel serves it hands over to the op's default,
+the reference. Triton itself is imported at the first call: `import hiera_kernels` stays quick.
 """
 
 import importlib.util

@@ -64,7 +64,7 @@ def _forward_kernel(
         m_s = m_unit & (o_s < S)
         m_k = m_unit & (o_k < K)
 
-        # Every load comes before the first product: the more bytes in flight, the nearer to the bandwidth of the memory.
+        # Every load comes before the first product: the more bytes in flight, the nearer to the memory's bandwidth.
         # [S, D0], [K, D0], [K, D0]
         b_q0 = load_pooled(p_unit, o_s * (3 * step), m_s, S * (3 * step), P, 0, D0, D, PACK)
         b_k0 = load_rows(p_unit + channels, o_k * (3 * step), m_k, 0, D0, D, PACK)
@@ -131,7 +131,7 @@ def _device_refusal(qkv: torch.Tensor, keys: int, head_dim: int) -> str | None:
         return f"a window has {keys} keys; the shared memory of {name} holds {SMALL_KEYS}"
     if qkv.dtype is torch.float32:
         if matmul_precision(qkv.dtype) == "ieee" and keys > MIN_ROWS:
-            return f"fp32 without TF32 does not fit in registers for {keys} keys; 4-D scaled_dot_product_attention serves it"
+            return f"fp32 without TF32 does not fit in registers for {keys} keys; 4-D SDPA serves it"
         if keys > SMALL_KEYS or (keys > 32 and head_dim > 96):
             return f"fp32 does not fit in shared memory for {keys} keys of {head_dim}; 4-D SDPA serves it"
     return None
@@ -186,7 +186,7 @@ def mask_unit_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the forward kernel: qkv [B, N, 3*C], any strides -> out [B, N/P, C], lse [B, W, H, S] fp32 or empty.
 
-    The input is one that `supports` has nothing against. Runs on the device of qkv; in Triton's interpreter also on CPU.
+    The input is one that `supports` has nothing against. Runs on the device of qkv; in Triton's interpreter on CPU.
     """
     batch, tokens, width = qkv.shape
     qkv = qkv.contiguous()

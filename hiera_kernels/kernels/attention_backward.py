@@ -1,7 +1,7 @@
 """Mask-unit attention, backward: the kernel of windows up to 64 keys, and the launch of all windows.
 
 One program has a whole window in hand, so it recomputes the softmax from qkv alone: the forward saves nothing, and the
-row sums of P * dP need no pass over the output. Every byte is read and written once, without atomics, in one fixed order.
+row sums of P * dP need no pass over the output. Every byte is read and written once, no atomics, in one fixed order.
 How tiles lie in memory: attention.py. Longer windows: attention_backward_long.py.
 """
 
@@ -39,15 +39,15 @@ def _backward_kernel(
     channels = num_heads * D
     step = token_step(num_windows, channels, WIDE)
     o_k = rows(0, BLOCK_K, PACK) * (3 * step)
-    # Row r of a tile of queries is token r of the window: query r % S as its (r // S)-th pooled token has it. Products take at
-    # least 16 rows; where S is less, the copies fill them (COPIES = P), and one store serves all of them.
+    # Row r of a tile of queries is token r of the window: query r % S as its (r // S)-th pooled token has it. Products
+    # take at least 16 rows; where S is less, the copies fill them (COPIES = P), and one store serves all of them.
     o_r = rows(0, BLOCK_S, PACK)
     m_r = o_r < COPIES * S
     o_p = o_r // S
     o_s = o_r % S
     o_q = o_r * (3 * step)
     pool = S * (3 * step)
-    # [S, K]: copies and padding must not take part in products over queries, nor padding in those over keys.
+    # [S, K]: copies and padding must not take part in products over queries. Padded keys have P = dS = 0 of themselves.
     m_key = columns(0, BLOCK_K, PACK) < K
     m_once = (o_r < S) & m_key
     for i_round in range(ROUNDS):
@@ -62,7 +62,7 @@ def _backward_kernel(
         m_k = m_unit & (rows(0, BLOCK_K, PACK) < K)
 
         # [S, D0], [K, D0], [K, D0], [S, D0]
-        b_q0, b_ties0 = load_pooled_ties(p_q, o_s * (3 * step), m_q, pool, P, 0, D0, D, PACK, SPLIT)
+        b_q0, b_ties0 = load_pooled_ties(p_q, o_s * (3 * step), m_q, pool, P, 0, D0, D, PACK)
         if SPLIT and COPIES > 1:
             b_ties0 = shares(b_ties0, o_p, P, SPLIT).to(dtype)  # half the registers; counts are exact in 16 bits
         b_k0 = load_rows(p_k, o_k, m_k, 0, D0, D, PACK)
@@ -70,7 +70,7 @@ def _backward_kernel(
         b_do0 = load_rows(p_do, o_s * step, m_q, 0, D0, D, PACK)
         if D1 > 0:
             # [S, D1], [K, D1], [K, D1], [S, D1]
-            b_q1, b_ties1 = load_pooled_ties(p_q, o_s * (3 * step), m_q, pool, P, D0, D1, D, PACK, SPLIT)
+            b_q1, b_ties1 = load_pooled_ties(p_q, o_s * (3 * step), m_q, pool, P, D0, D1, D, PACK)
             if SPLIT and COPIES > 1:
                 b_ties1 = shares(b_ties1, o_p, P, SPLIT).to(dtype)  # half the registers; counts are exact in 16 bits
             b_k1 = load_rows(p_k, o_k, m_k, D0, D1, D, PACK)
@@ -87,8 +87,6 @@ def _backward_kernel(
         if D1 > 0:
             b_dp = tl.dot(b_do1, tl.trans(b_v1), b_dp, input_precision=PRECISION)
         b_ds = b_p * (b_dp - tl.sum(b_p * b_dp, -1, keep_dims=True))
-        if BLOCK_K > K:
-            b_ds = tl.where(m_key, b_ds, 0.0)
         b_ds = b_ds.to(dtype)
         b_p = b_p.to(dtype)
         # [K, S]
@@ -159,7 +157,7 @@ def partial_sums(qkv, num_heads, num_windows, q_stride, capability) -> torch.Ten
 def plan_backward(
     grad_out, qkv, grad_qkv, partial, num_heads, num_windows, q_stride, scale, ties, capability
 ) -> list[Launch]:
-    """The launches of a backward, in order. All tensors contiguous; partial is `partial_sums`, or empty if not wanted."""
+    """The launches of a backward, in order. All tensors contiguous; partial is `partial_sums`, or empty: not wanted."""
     arguments, constexprs = sizes(qkv, num_heads, num_windows, q_stride, scale)
     arguments = {"p_grad": grad_out, "p_qkv": qkv, "p_grad_qkv": grad_qkv, "p_bias": partial, **arguments}
     constexprs |= {"SPLIT": ties == "split", "BIAS_GRAD": partial.numel() > 0}

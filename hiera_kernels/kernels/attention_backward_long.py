@@ -1,9 +1,9 @@
 """Mask-unit attention, backward, for windows of more keys than one program can hold: two kernels.
 
-The first has whole rows of queries, finds their softmax, writes the gradient of q and two numbers a row: the logarithm of the
-softmax's denominator and the row's sum of P * dP. The second has a block of keys, goes through the queries, and with those two
-numbers recomputes any tile of P and dP alone; it writes the gradients of k and v. Each output has one writer, which
-sums in a fixed order: no atomics, the same bits every time. Programs re-read k and v, or q and the gradient, which L2 holds.
+The first has whole rows of queries, finds their softmax, writes the gradient of q and two numbers a row: the logarithm
+of the softmax's denominator and the row's sum of P * dP. The second has a block of keys, goes through the queries, and
+recomputes any tile of P and dP from those two numbers; it writes the gradients of k and v. Each output has one writer,
+which sums in a fixed order: no atomics, the same bits every time. What programs re-read of k, v, q and dO, L2 holds.
 """
 
 import triton
@@ -78,8 +78,6 @@ def _backward_q_kernel(
     tl.store(p_stat + S + o_s, b_delta, mask=m_s)
     # [S, K]
     b_ds = b_p * (b_dp - b_delta)
-    if BLOCK_K > K:
-        b_ds = tl.where(m_key, b_ds, 0.0)
     b_ds = b_ds.to(dtype)
 
     p_dq = p_grad_qkv + o_unit
@@ -87,14 +85,14 @@ def _backward_q_kernel(
     # [S, D0]
     b_dq0 = tl.dot(b_ds, b_k0, input_precision=PRECISION) * scale
     # q again, from L2: its ties would fill the registers all along.
-    _, b_ties0 = load_pooled_ties(p_q, o_s * (3 * step), m_s, S * (3 * step), P, 0, D0, D, 1, SPLIT)
+    _, b_ties0 = load_pooled_ties(p_q, o_s * (3 * step), m_s, S * (3 * step), P, 0, D0, D, 1)
     store_unpooled(p_dq, o_s * (3 * step), m_s, S * (3 * step), b_dq0, b_ties0, 0, P, 1, SPLIT, 0, D0, D, 1)
     if BIAS_GRAD:
         store_sum(p_db, b_dq0, m_s, m_unit, 0, D0, D, 1)
     if D1 > 0:
         # [S, D1]
         b_dq1 = tl.dot(b_ds, b_k1, input_precision=PRECISION) * scale
-        _, b_ties1 = load_pooled_ties(p_q, o_s * (3 * step), m_s, S * (3 * step), P, D0, D1, D, 1, SPLIT)
+        _, b_ties1 = load_pooled_ties(p_q, o_s * (3 * step), m_s, S * (3 * step), P, D0, D1, D, 1)
         store_unpooled(p_dq, o_s * (3 * step), m_s, S * (3 * step), b_dq1, b_ties1, 0, P, 1, SPLIT, D0, D1, D, 1)
         if BIAS_GRAD:
             store_sum(p_db, b_dq1, m_s, m_unit, D0, D1, D, 1)

@@ -1,7 +1,7 @@
 """Which tiles, how many warps, how many units per program: the launch configuration of every attention kernel.
 
-Rules give a configuration to every legal shape; `TUNED` overrules them where a measurement has. Nothing is tuned while a
-model runs: a kernel is compiled once for each configuration.
+Rules give a configuration to every legal shape; `TUNED` overrules them where something was measured. Nothing is tuned
+while a model runs: a kernel is compiled once for each configuration.
 """
 
 import contextlib
@@ -96,7 +96,9 @@ def _window(S: int, P: int, D: int, itemsize: int) -> Tiles:
     # Triton gives all warps of a chain of products to the rows if the first tile that it meets has no more columns than
     # rows; with 16 rows every warp would then do all the work. A second chunk of 32 columns prevents it.
     d0, d1 = chunks(D, least=32 if block_s == 16 else 16)
-    return Tiles(block_s, 64, d0, d1, rounds=1 if D * itemsize % 32 == 0 else 2)
+    rounds = 1 if D * itemsize % 32 == 0 else 2
+    # 16 rows of 32 columns are 16 bytes for each of 64 threads.
+    return Tiles(block_s, 64, d0, d1, rounds=rounds, num_warps=2 if block_s * (d0 + d1) <= 512 else 4)
 
 
 def _long(direction: str, S: int, P: int, D: int, capability: tuple[int, int]) -> Tiles:

@@ -84,8 +84,8 @@ def load_pooled(
         # Not tl.maximum, which answers in fp32 for two bf16. Once b_max is NaN, both comparisons with a number fail.
         b_max = tl.where((b_x > b_max) | (b_x != b_x), b_x, b_max)
     if P > 1:
-        # Padding is zero already. A value that does not come from loads alone keeps Triton from moving the conversion to
-        # tl.dot's register layout up through the maximum, where it would be made P times.
+        # Padding is zero already. A value that does not come from loads alone keeps Triton from moving the conversion
+        # to tl.dot's register layout up through the maximum, where it would be made P times.
         b_max = tl.where(m_rows, b_max, 0.0)
     return b_max
 
@@ -93,24 +93,16 @@ def load_pooled(
 @triton.jit
 def load_pooled_ties(
     p_unit, o_rows, m_rows, stride, P: tl.constexpr, START: tl.constexpr, LENGTH: tl.constexpr, D: tl.constexpr,
-    PACK: tl.constexpr, SPLIT: tl.constexpr,
+    PACK: tl.constexpr,
 ):  # fmt: skip
-    """load_pooled, and beside the maximum a bit for each of the P tiles that attains it.
-
-    A NaN is the maximum, and equals nothing: it leaves the bit of the first NaN or, in SPLIT mode, none.
-    """
+    """load_pooled, and beside the maximum a bit for each of the P tiles that attains it; of NaN, the first."""
     b_max = load_rows(p_unit, o_rows, m_rows, START, LENGTH, D, PACK)
     b_bits = tl.full(b_max.shape, 1, tl.int32)
-    if SPLIT:
-        b_bits = (b_max == b_max).to(tl.int32)
     for i_p in tl.static_range(1, P):
         b_x = load_rows(p_unit + i_p * stride, o_rows, m_rows, START, LENGTH, D, PACK)
         b_larger = (b_x > b_max) | ((b_x != b_x) & (b_max == b_max))
         b_bits = tl.where(b_x == b_max, b_bits | (1 << i_p), b_bits)
-        if SPLIT:
-            b_bits = tl.where(b_larger, (b_x == b_x).to(tl.int32) << i_p, b_bits)
-        else:
-            b_bits = tl.where(b_larger, 1 << i_p, b_bits)
+        b_bits = tl.where(b_larger, 1 << i_p, b_bits)
         b_max = tl.where(b_larger, b_x, b_max)
     if P > 1:
         b_max = tl.where(m_rows, b_max, 0.0)  # as in load_pooled
@@ -143,17 +135,15 @@ def store_sum(
 
 @triton.jit
 def shares(b_bits, o_p, P: tl.constexpr, SPLIT: tl.constexpr):
-    """Among how many tokens the o_p-th one of P shares the gradient of their maximum, itself included; 0 if it has none."""
+    """With how many of P tokens, itself included, the o_p-th shares the gradient of their maximum; 0: it has none."""
     if SPLIT:
         b_ties = tl.zeros(b_bits.shape, tl.int32)
         for i_p in tl.static_range(P):
             b_ties += (b_bits >> i_p) & 1
-        b_ties = b_ties.to(tl.float32)
-        # No bit at all: a NaN, to which amax gives 0 / 0.
-        b_ties = tl.where(b_bits == 0, float("nan"), b_ties * ((b_bits >> o_p) & 1).to(tl.float32))
+        b_ties *= (b_bits >> o_p) & 1
     else:
-        b_ties = (((b_bits & -b_bits) >> o_p) & 1).to(tl.float32)
-    return b_ties
+        b_ties = ((b_bits & -b_bits) >> o_p) & 1
+    return b_ties.to(tl.float32)
 
 
 @triton.jit
@@ -173,7 +163,7 @@ def store_unpooled(
             else:
                 b_share = shares(b_ties, o_p + i_p, P, SPLIT)
             if SPLIT:
-                # As amax has it, (grad * mask) / count: a NaN gradient reaches all P tokens.
+                # As amax has it, (grad * mask) / count: a NaN, which a NaN in q always brings, reaches all P tokens.
                 b_part = tl.where(b_share == 0.0, b_grad * 0.0, b_grad / b_share)
             else:
                 b_part = tl.where(b_share == 0.0, 0.0, b_grad)
