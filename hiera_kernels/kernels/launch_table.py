@@ -115,7 +115,8 @@ def _long(direction: str, S: int, P: int, D: int, capability: tuple[int, int]) -
         if D <= 64:
             return Tiles(block_s, 64, *chunks(D))
         return Tiles(block_s, 32, *one_chunk(D)) if old else Tiles(block_s, 64, *chunks(D), num_warps=8)
-    tight = capability[0] == 9 and (P > 1 or D > (64 if block_k == 256 else 112))
+    widest = 64 if block_k == 256 else 112
+    tight = capability[0] == 9 and (P > 1 or D > widest)
     if direction == "backward_q" and (old or tight):
         return Tiles(min(32, block_s), block_k, *one_chunk(D), num_warps=4 if P > 1 and D <= 64 else 8)
     if old:
