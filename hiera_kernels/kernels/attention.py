@@ -123,6 +123,8 @@ def supports(qkv: torch.Tensor, num_heads: int, num_windows: int = 1, q_stride: 
 
 def _device_refusal(qkv: torch.Tensor, keys: int, head_dim: int) -> str | None:
     """What the kernels could compute but this GPU could not hold: registers for fp32, shared memory for long rows."""
+    if torch.version.hip is not None:
+        return "the fused kernels have been compiled for NVIDIA GPUs only"
     capability = compute_capability(qkv.device)
     name = f"sm_{capability[0]}{capability[1]}"
     if capability < (8, 0):
