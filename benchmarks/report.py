@@ -49,7 +49,8 @@ def op_tables(results: Path = RESULTS) -> str:
                 f"| `{op}` | {case} | {ours['median_us']:.0f} us | {ours['bytes'] / 1e6:.1f} MB "
                 f"| {ours['of_clone']:.0%} | {rivals[0]} | {rivals[1]} |"
             )
-        threads = f", {about['threads']} threads" if about["device"] == "cpu" else ""
+        count = about["threads"]
+        threads = f", {count} thread{'s' if count > 1 else ''}" if about["device"] == "cpu" else ""
         lines += [
             "",
             f"{machine}{threads}, torch {about['torch']}, commit {about['commit'][:12]}; median of many rounds in",
