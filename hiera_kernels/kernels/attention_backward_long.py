@@ -98,9 +98,9 @@ def _backward_q_kernel(
             store_sum(p_db, b_dq1, m_s, m_unit, D0, D1, D, 1)
 
 
-@triton.jit(do_not_specialize=["num_units", "num_windows", "num_heads"])
+@triton.jit(do_not_specialize=["num_units", "num_windows", "num_heads", "num_queries"])
 def _backward_kv_kernel(
-    p_grad, p_qkv, p_grad_qkv, p_stats, p_bias, num_units, num_windows, num_heads, scale,
+    p_grad, p_qkv, p_grad_qkv, p_stats, p_bias, num_units, num_windows, num_heads, scale, num_queries,
     P: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     PARTS: tl.constexpr, WIDE: tl.constexpr, BIAS_GRAD: tl.constexpr, PRECISION: tl.constexpr,
@@ -131,7 +131,8 @@ def _backward_kv_kernel(
         b_v1 = load_rows(p_q + 2 * channels, o_k, m_k, D0, D1, D, 1)
         b_dk1 = tl.zeros([BLOCK_K, D1], tl.float32)
         b_dv1 = tl.zeros([BLOCK_K, D1], tl.float32)
-    for i_s in range(0, S, BLOCK_S):
+    # Up to S, which the compiler does not know here: it would unroll the loop and run out of registers.
+    for i_s in range(0, num_queries, BLOCK_S):
         o_s = rows(i_s, BLOCK_S, 1)
         m_s = o_s < S
         # [S, D0], [S, D0]
@@ -199,6 +200,7 @@ def plan_long(arguments, constexprs, itemsize, capability) -> list[Launch]:
         own = {"BLOCK_S": tile.block_s, "BLOCK_K": tile.block_k, "D0": tile.d0, "D1": tile.d1, **constexprs}
         if kernel is _backward_kv_kernel:
             del own["SPLIT"]  # it writes no gradient of q
+            arguments = {**arguments, "num_queries": S}
         launches.append(
             Launch(kernel, arguments["num_units"] * blocks, arguments, own, tile.num_warps, tile.num_stages)
         )

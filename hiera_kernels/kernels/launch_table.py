@@ -106,21 +106,26 @@ def _window(S: int, P: int, D: int, itemsize: int) -> Tiles:
 def _long(direction: str, S: int, P: int, D: int, capability: tuple[int, int]) -> Tiles:
     """65 to 256 keys: what compiles without spills (tests/gates).
 
-    wgmma (sm_90) and tcgen05 (sm_100) want 64 rows. Where registers do not suffice for them, and on sm_80, products are
-    mma.sync, whose warps must be given to the columns (see _window): one chunk of columns.
+    wgmma (sm_90) and tcgen05 (sm_100) take 64 rows. With fewer, on sm_80, and where their registers do not suffice,
+    products are mma.sync, whose warps must be given to the columns (see _window): one chunk of columns.
     """
     block_s, block_k = max(MIN_ROWS, min(64, next_power_of_2(S))), next_power_of_2(P * S)
     old = capability[0] < 9
     if direction == "backward_kv":
+        if D > 112 or (old and P > 1):
+            block_s = min(32, block_s)
         if D <= 64:
             return Tiles(block_s, 64, *chunks(D))
-        return Tiles(block_s, 32, *one_chunk(D)) if old else Tiles(block_s, 64, *chunks(D), num_warps=8)
-    widest = 64 if block_k == 256 else 112
-    tight = capability[0] == 9 and (P > 1 or D > widest)
-    if direction == "backward_q" and (old or tight):
-        return Tiles(min(32, block_s), block_k, *one_chunk(D), num_warps=4 if P > 1 and D <= 64 else 8)
-    if old:
-        return Tiles(min(32, block_s) if D <= 64 else block_s, block_k, *one_chunk(D), num_warps=8)
+        if old:
+            return Tiles(block_s, 32, *one_chunk(D))
+        return Tiles(block_s, 64, *chunks(D), num_warps=8 if block_s == 64 or D > 112 else 4)
+    tight = direction == "backward_q" and (
+        (capability[0] == 9 and (block_k == 256 or P > 1)) or (D > 112 and (capability[0] == 9 or P > 1))
+    )
+    if old or block_s < 64 or tight:
+        if direction == "backward_q" or D <= 64:
+            block_s = min(32, block_s)
+        return Tiles(block_s, block_k, *one_chunk(D), num_warps=4 if D <= 64 else 8)
     return Tiles(block_s, block_k, *chunks(D), num_warps=4 if block_k <= 128 else 8)
 
 
