@@ -20,7 +20,7 @@ help:  ## list the targets
 demo: $(VENV)/.ready  ## train a mini Hiera on real photographs, stock and accelerated side by side (about 4 minutes)
 	$(BIN)/python -m examples.demo --output demo $(if $(DATA),--data "$(DATA)")
 
-# Three processes: Triton reads TRITON_INTERPRET when it is imported, and interpreted kernels cannot be compiled. pytest
+# Processes of their own: Triton reads TRITON_INTERPRET when it is imported, and interpreted kernels cannot be compiled. pytest
 # itself fails where a selection is empty.
 test: $(VENV)/.ready  ## the whole suite but for the long sweeps
 	$(BIN)/python -m pytest -n $(JOBS) -m "not interpreted and not timing and not slow"
