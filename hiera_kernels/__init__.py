@@ -1,12 +1,22 @@
 """Fused kernels for Hiera vision transformers; `accelerate(model)` swaps them into a model that exists already.
 
-The swap: `accelerate`, `restore`, `explain`, `disabled`, `check`. The ops: `mask_unit_attention`, `q_pool`, `unroll`,
-`reroll`, `reroll_masked`, `embed_tokens`; `reference` holds each of them as a plain PyTorch function.
+The swap: `accelerate`, `restore`, `explain`, `disabled`, `check`. The ops: `mask_unit_attention`,
+`window_attention`, `q_pool`, `unroll`, `reroll`, `reroll_masked`, `embed_tokens`; `reference` holds each of them as a
+plain PyTorch function.
 """
 
 from hiera_kernels import kernels, reference  # noqa: F401  (importing the kernels registers them)
 from hiera_kernels.compare import Comparison, check
-from hiera_kernels.ops import disabled, embed_tokens, mask_unit_attention, q_pool, reroll, reroll_masked, unroll
+from hiera_kernels.ops import (
+    disabled,
+    embed_tokens,
+    mask_unit_attention,
+    q_pool,
+    reroll,
+    reroll_masked,
+    unroll,
+    window_attention,
+)
 from hiera_kernels.report import Report
 from hiera_kernels.swap import accelerate, explain, restore
 
@@ -25,4 +35,5 @@ __all__ = [
     "reroll_masked",
     "restore",
     "unroll",
+    "window_attention",
 ]

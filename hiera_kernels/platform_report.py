@@ -16,7 +16,7 @@ REFERENCE = "plain PyTorch"
 
 # Which kind of kernel is the faster one, op by op.
 COMPILED_OPS = ("unroll", "reroll", "reroll_masked", "embed_tokens")
-TRITON_OPS = ("mask_unit_attention", "q_pool")
+TRITON_OPS = ("mask_unit_attention", "q_pool", "window_attention")
 # Ops without a kernel under their own name, and the op whose kernel does their work.
 SERVED_BY = {"reroll_masked": "reroll"}
 
