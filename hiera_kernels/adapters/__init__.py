@@ -1,9 +1,15 @@
 """How the modules of a model family map onto the ops, one file per family."""
 
-from hiera_kernels.adapters import hiera_embedding, hiera_transformer
+from hiera_kernels.adapters import hiera_embedding, hiera_transformer, timm_hiera, transformers_hiera
 from hiera_kernels.recognise import Target
 
-TARGETS: tuple[Target, ...] = (*hiera_transformer.TARGETS, *hiera_embedding.TARGETS)
+# The first that a module resembles judges it: what asks for more comes before what asks for less.
+TARGETS: tuple[Target, ...] = (
+    *timm_hiera.TARGETS,
+    *transformers_hiera.TARGETS,
+    *hiera_transformer.TARGETS,
+    *hiera_embedding.TARGETS,
+)
 
 
 def target_named(name: str) -> Target | None:
