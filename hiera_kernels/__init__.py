@@ -1,16 +1,20 @@
 """Fused kernels for Hiera vision transformers; `accelerate(model)` swaps them into a model that exists already.
 
 The swap: `accelerate`, `restore`, `explain`, `disabled`, `check`. The ops: `mask_unit_attention`,
-`window_attention`, `q_pool`, `unroll`, `reroll`, `reroll_masked`, `embed_tokens`; `reference` holds each of them as a
+`window_attention`, `q_pool`, `unroll`, `reroll`, `reroll_masked`, `embed_tokens`, `add_layer_norm`; `reference` holds each of them as a
 plain PyTorch function.
 """
 
 from hiera_kernels import kernels, reference  # noqa: F401  (importing the kernels registers them)
 from hiera_kernels.compare import Comparison, check
 from hiera_kernels.ops import (
+    add_layer_norm,
     disabled,
     embed_tokens,
+    gelu,
+    linear_q_pool,
     mask_unit_attention,
+    mlp,
     q_pool,
     reroll,
     reroll_masked,
@@ -24,11 +28,15 @@ __all__ = [
     "Comparison",
     "Report",
     "accelerate",
+    "add_layer_norm",
     "check",
     "disabled",
     "embed_tokens",
     "explain",
+    "gelu",
+    "linear_q_pool",
     "mask_unit_attention",
+    "mlp",
     "q_pool",
     "reference",
     "reroll",
