@@ -1,7 +1,7 @@
 """Fused kernels for Hiera vision transformers; `accelerate(model)` swaps them into a model that exists already.
 
-The swap: `accelerate`, `restore`, `explain`, `disabled`, `check`. The ops: `mask_unit_attention`,
-`window_attention`, `q_pool`, `unroll`, `reroll`, `reroll_masked`, `embed_tokens`, `add_layer_norm`; `reference` holds each of them as a
+The swap: `accelerate`, `restore`, `explain`, `disabled`, `check`. The ops: `mask_unit_attention`, `window_attention`,
+`q_pool`, `unroll`, `reroll`, `reroll_masked`, `embed_tokens`, `add_layer_norm`; `reference` holds each of them as a
 plain PyTorch function.
 """
 
