@@ -35,8 +35,8 @@ from hiera.run import Run
 
 # Accelerated is one draw from the distribution whose spread a few doubles estimate: so much further it may be.
 FURTHER = 2.0
-# Losses are fp32 numbers: distances below a few of their steps say nothing.
-FLOOR = 8 * torch.finfo(torch.float32).eps
+# Losses are fp32 numbers: a distance below two of their steps says nothing.
+FLOOR = 2 * torch.finfo(torch.float32).eps
 
 
 def doubles(compile_too: bool) -> dict:
