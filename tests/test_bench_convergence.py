@@ -1,4 +1,4 @@
-"""`benchmarks.convergence`: alike where only rounding differs, and not where one block of eight has gradients off by 3 percent."""
+"""`benchmarks.convergence`: alike where only rounding differs, not where one block has gradients off by 3 percent."""
 
 import json
 
