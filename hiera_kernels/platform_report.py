@@ -10,15 +10,23 @@ import textwrap
 import torch
 
 from hiera_kernels import extension, ops
-from hiera_kernels.ops import calling
+from hiera_kernels.ops import attention, calling, pooling
 
 REFERENCE = "plain PyTorch"
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # Which kind of kernel is the faster one, op by op.
 COMPILED_OPS = ("unroll", "reroll", "reroll_masked", "embed_tokens")
 TRITON_OPS = ("mask_unit_attention", "q_pool", "window_attention")
 # Ops without a kernel under their own name, and the op whose kernel does their work.
 SERVED_BY = {"reroll_masked": "reroll"}
+
+# op -> (shape, question): whether a kernel takes a call of usual size, an empty batch of which is made for the purpose.
+# Hiera's first stage: 64 keys, D = 96.
+CALLS = {
+    "mask_unit_attention": ((0, 64, 3 * 96), lambda x: attention.refusal(x, 1)),
+    "q_pool": ((0, 64, 96), lambda x: pooling.refusal(x, 4)),
+}
 
 
 def public_ops() -> list[str]:
@@ -64,7 +72,12 @@ def _implementation(op: str, device: str, absent: str | None) -> dict:
     if absent is not None:
         return row
     if calling.has_kernel(SERVED_BY.get(op, op), device):
-        row["implementation"] = "compiled C++/CUDA" if op in COMPILED_OPS else "Triton kernel"
+        refused = _refused(op, device)
+        served = len(refused) < len(DTYPES)
+        row["implementation"] = (
+            ("compiled C++/CUDA" if op in COMPILED_OPS else "Triton kernel") if served else REFERENCE
+        )
+        row["why_not_faster"] = _sentence(refused)
         return row
     row["implementation"] = REFERENCE
     if op in COMPILED_OPS:
@@ -74,6 +87,26 @@ def _implementation(op: str, device: str, absent: str | None) -> dict:
     else:
         row["why_not_faster"] = why_no_triton() or "this version of hiera_kernels has no Triton kernel for it"
     return row
+
+
+def _refused(op: str, device: str) -> dict[torch.dtype, str]:
+    """The dtypes in which the kernel of `op` leaves a call of usual size to plain PyTorch, and why."""
+    if op not in CALLS:
+        return {}
+    shape, question = CALLS[op]
+    answers = {dtype: question(_sample(dtype, *shape, device=device)) for dtype in DTYPES}
+    return {dtype: reason for dtype, reason in answers.items() if reason is not None}
+
+
+def _sample(dtype: torch.dtype, *shape: int, device: str) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _sentence(refused: dict[torch.dtype, str]) -> str | None:
+    reasons = set(refused.values())
+    if len(refused) == len(DTYPES) and len(reasons) == 1:
+        return reasons.pop()
+    return "; ".join(f"{str(dtype).removeprefix('torch.')}: {reason}" for dtype, reason in refused.items()) or None
 
 
 def _versions() -> dict:

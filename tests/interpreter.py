@@ -10,6 +10,7 @@ races, and no fused multiply-add. It has the index arithmetic, the masks, and th
 import contextlib
 import functools
 import os
+from unittest import mock
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ def kernels_on_cpu():
     Yields the list of calls: names of ops whose registered function ran.
     """
     from hiera_kernels import kernels
+    from hiera_kernels.ops import calling
 
     calls = []
 
@@ -42,7 +44,8 @@ def kernels_on_cpu():
 
         return call
 
-    with torch.library._scoped_library("hiera_kernels", "IMPL") as library:
+    own = {(op, "cpu"): says for op, says in kernels.LIMITS.items()}
+    with torch.library._scoped_library("hiera_kernels", "IMPL") as library, mock.patch.dict(calling.limits, own):
         for name, function in kernels.IMPLEMENTATIONS.items():
             library.impl(name, recorded(name, function), "CPU")
         torch._dynamo.reset()  # a compiled graph keeps the way that it was traced with

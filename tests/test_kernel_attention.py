@@ -68,11 +68,12 @@ def draw(shape, dtype=torch.float32, seed=0):
 
 def launch(qkv, grad, shape, scale=None, ties="first", bias_grad=False):
     """out, lse, grad_qkv, grad_bias straight from the launch functions."""
-    from hiera_kernels.kernels.attention import mask_unit_attention_forward, supports
+    from hiera_kernels.kernels.attention import mask_unit_attention_forward
     from hiera_kernels.kernels.attention_backward import mask_unit_attention_backward
+    from hiera_kernels.kernels.limits import attention_limit
 
     _, P, W, H, _, _ = shape
-    assert supports(qkv, H, W, P) is None
+    assert attention_limit(qkv, H, W, P) is None
     out, lse = mask_unit_attention_forward(qkv, H, W, P, scale, save_lse=True)
     return out, lse, *mask_unit_attention_backward(grad, qkv, H, W, P, scale, ties, bias_grad)
 
@@ -359,9 +360,9 @@ def test_the_bias_gradient_rides_along():
     ids=["fp64", "D=12", "D=136", "K=257", "P=17"],
 )
 def test_what_no_kernel_serves_goes_to_the_reference(qkv, heads, windows, stride):
-    from hiera_kernels.kernels.attention import supports
+    from hiera_kernels.kernels.limits import attention_limit
 
-    assert supports(qkv, heads, windows, stride) is not None
+    assert attention_limit(qkv, heads, windows, stride) is not None
     x = qkv.clone().requires_grad_()
     with kernels_on_cpu():
         out, _ = torch.ops.hiera_kernels.mask_unit_attention(x, heads, windows, stride)

@@ -45,11 +45,12 @@ def draw(shape, dtype=torch.float32):
 )
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_pooling_and_its_gradient_bit_for_bit(shape, ties, dtype):
-    from hiera_kernels.kernels.pooling import q_pool_backward, q_pool_forward, supports
+    from hiera_kernels.kernels.limits import pooling_limit
+    from hiera_kernels.kernels.pooling import q_pool_backward, q_pool_forward
 
     B, kept, C, P = shape
     x, grad = draw(shape, dtype)
-    assert supports(x, P) is None
+    assert pooling_limit(x, P) is None
     leaf = x.clone().requires_grad_()
     groups = leaf.reshape(B, P, kept, C)
     want = groups.max(dim=1).values if ties == "first" else groups.amax(dim=1)
@@ -108,10 +109,10 @@ def test_the_public_function_and_its_gradient_run_the_kernels():
 
 @pytest.mark.parametrize(("dtype", "stride"), [(torch.float64, 2), (torch.float32, 17)], ids=["fp64", "P=17"])
 def test_what_no_kernel_serves_goes_to_the_reference(dtype, stride):
-    from hiera_kernels.kernels.pooling import supports
+    from hiera_kernels.kernels.limits import pooling_limit
 
     x, grad = torch.randn(2, 3 * stride, 8, dtype=dtype), torch.randn(2, 3, 8, dtype=dtype)
-    assert supports(x, stride) is not None
+    assert pooling_limit(x, stride) is not None
     leaf = x.clone().requires_grad_()
     with kernels_on_cpu() as calls:
         out = torch.ops.hiera_kernels.q_pool(leaf, stride)

@@ -17,15 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from hiera_kernels.kernels.launch_table import (
-    MAX_KEYS,
-    MIN_ROWS,
-    SMALL_KEYS,
-    Launch,
-    compute_capability,
-    on_device,
-    tiles,
-)
+from hiera_kernels.kernels.launch_table import Launch, on_device, tiles
+from hiera_kernels.kernels.limits import compute_capability, matmul_precision
 from hiera_kernels.kernels.tile_access import (
     LN_2,
     LOG2_E,
@@ -37,10 +30,6 @@ from hiera_kernels.kernels.tile_access import (
     token_step,
     units,
 )
-
-MAX_STRIDE = 16
-# 163 KB a program and more; others have 99 KB.
-LARGE_SHARED_MEMORY = ((8, 0), (9, 0), (10, 0), (10, 3))
 
 
 @triton.jit(do_not_specialize=["num_units", "num_windows", "num_heads"])
@@ -106,46 +95,6 @@ def _forward_kernel(
 # ---- launch ----
 
 
-def supports(qkv: torch.Tensor, num_heads: int, num_windows: int = 1, q_stride: int = 1) -> str | None:
-    """Why the kernels cannot serve this legal input, in words; None if they can."""
-    tokens, head_dim = qkv.shape[1], qkv.shape[2] // (3 * num_heads)
-    keys = tokens // num_windows
-    if qkv.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"no fused kernel computes in {qkv.dtype}"
-    if head_dim % 8 != 0 or not 8 <= head_dim <= 128:
-        return f"the head dimension is {head_dim}; the fused kernels take multiples of 8 up to 128"
-    if not 1 <= keys <= MAX_KEYS:
-        return f"a window has {keys} keys; the fused kernels take 1 to {MAX_KEYS}"
-    if q_stride > MAX_STRIDE:
-        return f"q_stride is {q_stride}; the fused kernels take up to {MAX_STRIDE}"
-    return _device_refusal(qkv, keys, head_dim) if qkv.is_cuda else None
-
-
-def _device_refusal(qkv: torch.Tensor, keys: int, head_dim: int) -> str | None:
-    """What the kernels could compute but this GPU could not hold: registers for fp32, shared memory for long rows."""
-    if torch.version.hip is not None:
-        return "the fused kernels have been compiled for NVIDIA GPUs only"
-    capability = compute_capability(qkv.device)
-    name = f"sm_{capability[0]}{capability[1]}"
-    if capability < (8, 0):
-        return f"the fused kernels need compute capability 8.0, this device has {name}"
-    if keys > SMALL_KEYS and capability not in LARGE_SHARED_MEMORY:
-        return f"a window has {keys} keys; the shared memory of {name} holds {SMALL_KEYS}"
-    if qkv.dtype is torch.float32:
-        if matmul_precision(qkv.dtype) == "ieee" and keys > MIN_ROWS:
-            return f"fp32 without TF32 does not fit in registers for {keys} keys; 4-D SDPA serves it"
-        if keys > SMALL_KEYS or (keys > 32 and head_dim > 96):
-            return f"fp32 does not fit in shared memory for {keys} keys of {head_dim}; 4-D SDPA serves it"
-    return None
-
-
-def matmul_precision(dtype: torch.dtype) -> str:
-    """How fp32 inputs are multiplied: "tf32" where the user allowed PyTorch to, else "ieee"."""
-    if dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        return "tf32"
-    return "ieee"
-
-
 def sizes(qkv: torch.Tensor, num_heads: int, num_windows: int, q_stride: int, scale: float | None) -> tuple:
     """Run-time arguments and constexprs that every attention kernel has: units, windows, heads, scale; P, S, D, ..."""
     batch, tokens, width = qkv.shape
@@ -188,7 +137,8 @@ def mask_unit_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the forward kernel: qkv [B, N, 3*C], any strides -> out [B, N/P, C], lse [B, W, H, S] fp32 or empty.
 
-    The input is one that `supports` has nothing against. Runs on the device of qkv; in Triton's interpreter on CPU.
+    The input is one that `limits.attention_limit` has nothing against. Runs on the device of qkv; in Triton's
+    interpreter on CPU.
     """
     batch, tokens, width = qkv.shape
     qkv = qkv.contiguous()

@@ -11,7 +11,8 @@ import triton.language as tl
 
 from hiera_kernels.kernels.attention import sizes
 from hiera_kernels.kernels.attention_backward_long import parts, plan_long
-from hiera_kernels.kernels.launch_table import SMALL_KEYS, Launch, compute_capability, on_device, tiles
+from hiera_kernels.kernels.launch_table import Launch, on_device, tiles
+from hiera_kernels.kernels.limits import SMALL_KEYS, compute_capability
 from hiera_kernels.kernels.tile_access import (
     columns,
     load_pooled_ties,
@@ -178,9 +179,9 @@ def mask_unit_attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the backward kernels: grad_out [B, N/P, C], qkv [B, N, 3*C], any strides -> grad_qkv, and its sum.
 
-    The input is one that `supports` has nothing against. With bias_grad, the sum is [3*C] fp32: grad_qkv over B and N
-    before it is rounded, in two stages whose order never changes; else it is empty. Runs on the device of qkv; in
-    Triton's interpreter also on CPU.
+    The input is one that `limits.attention_limit` has nothing against. With bias_grad, the sum is [3*C] fp32: grad_qkv
+    over B and N before it is rounded, in two stages whose order never changes; else it is empty. Runs on the device of
+    qkv; in Triton's interpreter also on CPU.
     """
     qkv, grad_out = qkv.contiguous(), grad_out.contiguous()
     grad_qkv = torch.empty_like(qkv)

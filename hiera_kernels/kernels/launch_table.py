@@ -5,15 +5,12 @@ while a model runs: a kernel is compiled once for each configuration.
 """
 
 import contextlib
-import functools
 from typing import Any, NamedTuple
 
 import torch
 from triton import next_power_of_2
 
-MAX_KEYS = 256
-SMALL_KEYS = 64  # up to here a program holds a whole window in the backward too
-MIN_ROWS = 16  # of a tile in tl.dot
+from hiera_kernels.kernels.limits import MAX_KEYS, MIN_ROWS, SMALL_KEYS, compute_capability  # noqa: F401
 
 
 class Tiles(NamedTuple):
@@ -127,12 +124,6 @@ def _long(direction: str, S: int, P: int, D: int, capability: tuple[int, int]) -
             block_s = min(32, block_s)
         return Tiles(block_s, block_k, *one_chunk(D), num_warps=4 if D <= 64 else 8)
     return Tiles(block_s, block_k, *chunks(D), num_warps=4 if block_k <= 128 else 8)
-
-
-@functools.cache
-def compute_capability(device: torch.device) -> tuple[int, int]:
-    """(major, minor) of a CUDA device; (0, 0) for the CPU of the interpreter."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:

@@ -13,7 +13,6 @@ from hiera_kernels.kernels.launch_table import Launch, on_device
 
 # 16 bytes a thread in fp32 and twice in 16 bits; P of them are in flight.
 BLOCK = 1024
-MAX_STRIDE = 16
 
 
 @triton.jit
@@ -110,12 +109,3 @@ def q_pool_backward(grad_out: torch.Tensor, x: torch.Tensor, stride: int, ties: 
         with on_device(x):
             plan_backward(grad_out, x, grad_x, stride, ties).run()
     return grad_x
-
-
-def supports(x: torch.Tensor, stride: int) -> str | None:
-    """Why the kernels cannot serve this legal input, in words; None if they can."""
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"no fused kernel for {x.dtype}"
-    if stride > MAX_STRIDE:
-        return f"stride is {stride}; the fused kernels take up to {MAX_STRIDE}"
-    return None

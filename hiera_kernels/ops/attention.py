@@ -7,12 +7,14 @@ A kernel registers for its device, ``Library("hiera_kernels", "IMPL").impl(name,
     logarithm of the softmax's denominator, of scaled logits (windows before heads and queries, so that a program
     writes whole sectors); without it lse is empty, [0]. ``bias`` is not read (below).
 ``mask_unit_attention_backward(grad_out, qkv, out, lse, num_heads, ..., ties, bias_grad) -> (grad_qkv, grad_bias)``
-    One packed grad_qkv [B, N, 3*C], contiguous. ``out`` and ``lse`` are a ``save_lse`` forward's, else both are
-    None: rows that fit on chip (K <= 64) recompute their softmax whole and need neither. With ``bias_grad``, grad_bias
-    [3*C] in fp32 is grad_qkv summed over B and N; without it, empty, [0].
+    One packed grad_qkv [B, N, 3*C], contiguous. With ``bias_grad``, grad_bias [3*C] in fp32 is grad_qkv summed over B
+    and N; without it, empty, [0]. ``out`` and ``lse`` are a ``save_lse`` forward's, else both are None; a kernel may
+    ignore them, and the Triton kernels and the default do: they recompute the softmax from qkv. They are there for
+    kernels that do not have whole rows on chip.
 
 Arguments that equal their defaults may be left out by the dispatcher: a launch function repeats the defaults. It meets
-neither autograd nor autocast, but tensors of any strides.
+neither autograd nor autocast, but tensors of any strides. What it does not serve it says beforehand, in
+``calling.limits``, and hands over to `default` and `default_backward`, which take the same arguments.
 
 ``bias`` is for a caller that computes ``qkv = F.linear(x, weight, bias.detach())``: qkv holds the bias already, and the
 op gives ``bias`` its gradient from the pass over grad_qkv that it makes anyway. What the op means is
@@ -31,7 +33,7 @@ from hiera_kernels.reference import attention as reference
 NAME = "mask_unit_attention"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# What a native kernel is asked to serve; the rest goes to the reference.
+# What a kernel is asked to serve that has not told its own limits (calling.limits); the rest goes to the reference.
 KERNEL_DTYPES = DTYPES[:3]
 KERNEL_MAX_HEAD_DIM = 128
 KERNEL_MAX_KEYS = 256
@@ -117,11 +119,10 @@ def mask_unit_attention(
 
 def refusal(qkv: torch.Tensor, num_heads: int, num_windows: int = 1, q_stride: int = 1) -> str | None:
     """Why a legal input goes to the reference and not to a fused kernel, in words; None where the kernel takes it."""
-    device_type = qkv.device.type
-    if not calling.has_kernel(NAME, device_type):
-        return f"no fused kernel is registered for {device_type}"
-    if calling.is_foreign(qkv):
-        return f"{type(qkv).__name__} knows PyTorch's operations only"
+    return calling.refusal(NAME, _contract, qkv, num_heads, num_windows, q_stride)
+
+
+def _contract(qkv, num_heads, num_windows, q_stride) -> str | None:
     if qkv.dtype not in KERNEL_DTYPES:
         return f"the fused kernel has no {qkv.dtype}"
     _, tokens, width = qkv.shape
@@ -159,7 +160,8 @@ def _check(qkv, num_heads, num_windows, q_stride, scale, ties) -> None:
 # ---- what the op does where no device kernel is registered ----
 
 
-def _default(qkv, num_heads, num_windows=1, q_stride=1, scale=None, ties="first", bias=None, save_lse=False):
+def default(qkv, num_heads, num_windows=1, q_stride=1, scale=None, ties="first", bias=None, save_lse=False):
+    """The forward by plain operations, on any device and below autograd."""
     out = reference.mask_unit_attention(qkv, num_heads, num_windows, q_stride, scale, ties)
     return out.contiguous(), _lse(qkv, num_heads, num_windows, q_stride, scale, save_lse)
 
@@ -170,10 +172,10 @@ def _lse(qkv, num_heads, num_windows, q_stride, scale, save_lse):
     return qkv.new_empty(0, dtype=_accumulator(qkv))
 
 
-def _default_backward(
+def default_backward(
     grad_out, qkv, out, lse, num_heads, num_windows=1, q_stride=1, scale=None, ties="first", bias_grad=False
 ):
-    """Recomputes the forward; deterministic where PyTorch's SDPA is."""
+    """The backward by plain operations: recomputes the forward; deterministic where PyTorch's SDPA is."""
     with calling.recording():
         leaf = qkv.detach().requires_grad_()
         recomputed = reference.mask_unit_attention(leaf, num_heads, num_windows, q_stride, scale, ties)
@@ -187,8 +189,8 @@ def _accumulator(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
-_library.impl(NAME, _default, "CompositeExplicitAutograd")
-_library.impl(f"{NAME}_backward", _default_backward, "CompositeExplicitAutograd")
+_library.impl(NAME, default, "CompositeExplicitAutograd")
+_library.impl(f"{NAME}_backward", default_backward, "CompositeExplicitAutograd")
 
 
 # ---- shapes without data ----

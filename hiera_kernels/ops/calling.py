@@ -11,12 +11,13 @@ The way of every public function that computes (``mask_unit_attention``, ``q_poo
 4. Else -> an ``autograd.Function`` around the op.
 
 PyTorch's dispatcher is the only registry: a kernel that is registered for a device, whenever and by whomever, flips
-the answer to 1. Nothing is cached in eager code; a compiled graph keeps the answer that it was traced with.
+the answer to 1. Nothing is cached in eager code; a compiled graph keeps the answer that it was traced with. What a
+kernel does not serve (a dtype, an architecture, too long rows) the dispatcher cannot know; `limits` does.
 """
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch._C import DispatchKey, DispatchKeySet
@@ -35,6 +36,12 @@ _AUTOCAST = functools.reduce(
 )
 _BELOW_AUTOGRAD = _AUTOGRAD | _AUTOCAST
 
+# (op, device type) -> what the kernel registered there says against a call, in words, or None: `says(x, *arguments)`
+# with the arguments that the op's own `refusal` passes on. Filled where kernels are registered (kernels/), asked at
+# every call, and traced by Dynamo: plain Python that looks at shapes, dtypes and devices, and takes microseconds.
+# A kernel without an entry serves what the op's contract asks of every kernel.
+limits: dict[tuple[str, str], Callable[..., str | None]] = {}
+
 
 @functools.cache
 def _device_key(device_type: str) -> DispatchKeySet:
@@ -46,6 +53,19 @@ def has_kernel(op: str, device_type: str) -> bool:
     if device_type == "meta":  # the fake kernel stands there; a tensor without data has nothing to gain from any other
         return False
     return torch._C._dispatch_has_kernel_for_any_dispatch_key(f"{NAMESPACE}::{op}", _device_key(device_type))
+
+
+def refusal(op: str, contract: Callable[..., str | None], x: torch.Tensor, *arguments) -> str | None:
+    """Why the call ``op(x, *arguments)`` goes to the reference and not to a fused kernel, in words; None if the latter.
+
+    ``contract(x, *arguments)``: what is asked of a kernel that has not told its own limits.
+    """
+    device_type = x.device.type
+    if not has_kernel(op, device_type):
+        return f"no fused kernel is registered for {device_type}"
+    if is_foreign(x):
+        return f"{type(x).__name__} knows PyTorch's operations only"
+    return limits.get((op, device_type), contract)(x, *arguments)
 
 
 # What torch.compiler.assume_constant_result does, without the second that its import of torch._dynamo takes: Dynamo

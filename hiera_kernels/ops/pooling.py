@@ -57,7 +57,7 @@ def q_pool(x: torch.Tensor, stride: int, ties: str = "first") -> torch.Tensor:
             f"stride must divide the number of tokens in x, got stride={stride} for shape {tuple(x.shape)}"
         )
     calling.check_ties(ties)
-    plain = is_disabled() or refusal(x) is not None
+    plain = is_disabled() or refusal(x, stride) is not None
     if torch.compiler.is_compiling():
         return reference.q_pool(x, stride, ties) if plain else _OP(x, stride, ties)
     if plain or calling.transformed():
@@ -68,22 +68,22 @@ def q_pool(x: torch.Tensor, stride: int, ties: str = "first") -> torch.Tensor:
         return _OP(x, stride, ties)
 
 
-def refusal(x: torch.Tensor) -> str | None:
+def refusal(x: torch.Tensor, stride: int = 1) -> str | None:
     """Why a legal input goes to the reference and not to a fused kernel, in words; None where the kernel takes it."""
-    if not calling.has_kernel(NAME, x.device.type):
-        return f"no fused kernel is registered for {x.device.type}"
-    if calling.is_foreign(x):
-        return f"{type(x).__name__} knows PyTorch's operations only"
-    if x.dtype not in KERNEL_DTYPES:
-        return f"the fused kernel has no {x.dtype}"
-    return None
+    return calling.refusal(NAME, _contract, x, stride)
 
 
-def _default(x, stride, ties="first"):
+def _contract(x, stride) -> str | None:
+    return None if x.dtype in KERNEL_DTYPES else f"the fused kernel has no {x.dtype}"
+
+
+def default(x, stride, ties="first"):
+    """The forward by plain operations, on any device and below autograd."""
     return reference.q_pool(x, stride, ties)
 
 
-def _default_backward(grad_out, x, stride, ties="first"):
+def default_backward(grad_out, x, stride, ties="first"):
+    """The backward by plain operations, on any device and below autograd."""
     with calling.recording():
         x = x.detach().requires_grad_()
         return torch.autograd.grad(reference.q_pool(x, stride, ties), x, grad_out)[0].contiguous()
@@ -119,7 +119,7 @@ class _QPool(torch.autograd.Function):
         return (grad_x, None, None)[: len(ctx.needs_input_grad)]
 
 
-_library.impl(NAME, _default, "CompositeExplicitAutograd")
-_library.impl(f"{NAME}_backward", _default_backward, "CompositeExplicitAutograd")
-calling.define_autograd(_library, NAME, _QPool, _default)
+_library.impl(NAME, default, "CompositeExplicitAutograd")
+_library.impl(f"{NAME}_backward", default_backward, "CompositeExplicitAutograd")
+calling.define_autograd(_library, NAME, _QPool, default)
 calling.refuse_second_derivative(_library, NAME)

@@ -120,7 +120,9 @@ def _heads(
     # A strided, expanded or sliced qkv is copied once, and so is one that does not start on 16 bytes, the width that
     # fused CUDA backends read: none of them meets a layout that it does not take. A Linear's output is never copied.
     qkv = qkv.contiguous()
-    if qkv.is_cuda and qkv.storage_offset() * qkv.element_size() % 16 != 0:
+    # Dynamo cannot trace the question, and a compiler aligns what it allocates and checks what it is given.
+    aligned = torch.compiler.is_compiling() or qkv.storage_offset() * qkv.element_size() % 16 == 0
+    if qkv.is_cuda and not aligned:
         qkv = qkv.clone()
     if q_stride == 1:
         return _fold(qkv, 3, num_heads, num_windows)
