@@ -66,7 +66,8 @@ $(VENV)/.ready: requirements/constraints.txt pyproject.toml setup.py $(wildcard 
 	@echo "[2/4] development requirements"
 	@$(PIP) setuptools wheel ninja numpy pytest pytest-xdist
 	@$(PIP) $$($(BIN)/python requirements/extras.py train demo bench test)
-	@echo "[3/4] the original hiera-transformer, as the tests' oracle, in a directory of its own (.upstream)"
+	@echo "[3/4] the originals, as the tests' oracles: sam2, and hiera-transformer in a directory of its own (.upstream)"
+	@SAM2_BUILD_CUDA=0 $(PIP) --no-deps --no-build-isolation sam2
 	@rm -rf .upstream && $(PIP) --no-deps --target .upstream hiera-transformer
 	@echo "[4/4] hiera_kernels with its C++ extension"
 	@$(PIP) --no-build-isolation --no-deps --editable .
