@@ -1,12 +1,23 @@
 """How the modules of a model family map onto the ops, one file per family."""
 
-from hiera_kernels.adapters import hiera_embedding, hiera_transformer, timm_hiera, transformers_hiera
+from hiera_kernels.adapters import (
+    hiera_embedding,
+    hiera_transformer,
+    sam2,
+    sam2_timm,
+    sam2_transformers,
+    timm_hiera,
+    transformers_hiera,
+)
 from hiera_kernels.recognise import Target
 
 # The first that a module resembles judges it: what asks for more comes before what asks for less.
 TARGETS: tuple[Target, ...] = (
     *timm_hiera.TARGETS,
     *transformers_hiera.TARGETS,
+    *sam2_timm.TARGETS,
+    *sam2_transformers.TARGETS,
+    *sam2.TARGETS,
     *hiera_transformer.TARGETS,
     *hiera_embedding.TARGETS,
 )

@@ -1,0 +1,133 @@
+"""SAM 2's trunk in timm: `sam2_hiera_*` and `hieradet_*`.
+
+Source: timm 1.0.31, `timm/models/hieradet_sam2.py` (MultiScaleAttention, MultiScaleBlock). It differs from sam2's in
+pairs for window sizes, layer scale, two drop paths, an Identity where channels stay, and a flag `fused_attn`.
+"""
+
+from torch import nn
+
+from hiera_kernels.adapters import sam2
+from hiera_kernels.adapters.sam2_parts import (
+    MapAttention,
+    Scaled,
+    attend,
+    divides,
+    int_pair,
+    pool_stride,
+    pooled,
+    serves,
+)
+from hiera_kernels.lookalike import Probe
+
+
+class Attention(sam2.Attention):
+    """`MultiScaleAttention.forward` of timm."""
+
+    name = "timm.MultiScaleAttention"
+    looks_for = "the same with a flag `fused_attn` (timm)"
+    known = sam2.Attention.known | {"fused_attn", "scale"}
+
+    def resembles(self, module):
+        """What is asked of sam2's, and timm's flag."""
+        return "fused_attn" in vars(module) and super().resembles(module)
+
+    def obstacle(self, module):
+        """As for sam2's, and a scale to multiply by."""
+        scale = vars(module).get("scale")
+        if not isinstance(scale, (int, float)) or isinstance(scale, bool):
+            return "it has no number `scale`"
+        return super().obstacle(module)
+
+    def probes(self, module, fresh):
+        """The same calls, by either way; only one of them reads `scale`, which is small for the sake of 16 bits."""
+        found = []
+        for probe in super().probes(module, fresh):
+            for way, flag in (("SDPA", True), ("products", False)):
+                holds = {**probe.holds, "fused_attn": flag, "scale": 0.05}
+                found.append(Probe(f"{probe.name}, {way}", holds, probe.arguments))
+        return found
+
+    @staticmethod
+    def fused(module, x):
+        """x [M, h, w, dim] -> [M, h', w', dim_out]."""
+        return attend(module, x, module.num_heads, None, pool_stride(module.q_pool), used_scale(module))
+
+
+class Block(sam2.Block):
+    """`MultiScaleBlock.forward` of timm."""
+
+    name = "timm.MultiScaleBlock"
+    looks_for = "the same with `is_windowed`, `drop_path1` and `drop_path2` (timm)"
+    known = (sam2.Block.known - {"drop_path"}) | {"is_windowed", "ls1", "ls2", "drop_path1", "drop_path2"}
+    attention = Attention()
+
+    def resembles(self, module):
+        """The parts and the settings."""
+        parts = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
+        return parts <= module._modules.keys() and {"window_size", "is_windowed", "q_stride"} <= vars(module).keys()
+
+    def settings(self, module):
+        """Settings that contradict each other, in words, or None."""
+        window, stride = vars(module)["window_size"], vars(module)["q_stride"]
+        if int_pair(window) is None and tuple(window or ()) != (0, 0):
+            return f"its `window_size` is not a pair of integers: {window!r}"
+        if stride is not None and int_pair(stride) is None:
+            return f"its `q_stride` is not a pair of integers or None: {stride!r}"
+        return None
+
+    def probes(self, module, fresh):
+        """As for sam2's, and a window and a stride that are not square."""
+        found = super().probes(module, fresh)
+        for window, stride, dims in (((4, 2), (2, 1), (6, 16)), ((2, 3), None, (6, 6))):
+            holds = self.parts(fresh, window, stride, *dims)
+            found.append(Probe(f"window {window}, stride {stride}", holds, (fresh(2, 6, 7, 6),)))
+        return found
+
+    def parts(self, fresh, window, stride, dim, dim_out):
+        """What a small block holds."""
+        parts = super().parts(fresh, window, stride, dim, dim_out)
+        drop = parts.pop("drop_path")
+        more = {
+            "window_size": (0, 0) if window is None else tuple(window),
+            "is_windowed": window is not None,
+            "ls1": Scaled(fresh, dim_out),
+            "ls2": Scaled(fresh, dim_out),
+            "drop_path1": drop,
+            "drop_path2": drop,
+            "attn": MapAttention(fresh, dim, dim_out, 2, stride, scale=0.05),
+        }
+        if dim == dim_out:
+            more["proj"] = nn.Identity()
+        return {**parts, **more}
+
+    @staticmethod
+    def applies(module, x):
+        """Where attention is ours, nobody listens to its parts, and pooling cuts neither windows nor the map."""
+        attn, stride = module.attn, module.q_stride
+        if not serves(attn, (attn.q_pool,)) or pool_stride(attn.q_pool) != (stride and tuple(stride)):
+            return False
+        window = window_of(module)
+        return divides(x, window, stride) and (stride is None if window is None else min(window) > 0)
+
+    @staticmethod
+    def fused(module, x):
+        """x [B, Hs, Ws, dim] -> [B, Hs', Ws', dim_out]."""
+        attn = module.attn
+        normed = module.norm1(x)
+        shortcut = x if module.dim == module.dim_out else pooled(module.proj(normed), module.pool)
+        out = attend(attn, normed, attn.num_heads, window_of(module), module.q_stride, used_scale(attn))
+        x = shortcut + module.drop_path1(module.ls1(out))
+        return x + module.drop_path2(module.ls2(module.mlp(module.norm2(x))))
+
+
+def window_of(module):
+    """Height and width of a block's windows, None for the whole map."""
+    return tuple(module.window_size) if module.is_windowed else None
+
+
+def used_scale(attn):
+    """What its attention multiplies logits by: SDPA takes its own default."""
+    return None if attn.fused_attn else attn.scale
+
+
+TARGETS = (Block(), Attention())
