@@ -9,7 +9,7 @@ import importlib.util
 
 import torch
 
-from hiera_kernels.kernels import limits
+from hiera_kernels.kernels import feed_forward_calls, limits
 from hiera_kernels.ops import attention as attention_op
 from hiera_kernels.ops import calling
 from hiera_kernels.ops import pooling as pooling_op
@@ -59,6 +59,7 @@ IMPLEMENTATIONS = {
     "mask_unit_attention_backward": _attention_backward,
     "q_pool": _q_pool,
     "q_pool_backward": _q_pool_backward,
+    **feed_forward_calls.IMPLEMENTATIONS,
 }
 
 
@@ -66,6 +67,7 @@ IMPLEMENTATIONS = {
 LIMITS = {
     "mask_unit_attention": limits.attention_limit,
     "q_pool": limits.pooling_limit,
+    **feed_forward_calls.LIMITS,
 }
 
 

@@ -76,13 +76,11 @@ def gelu(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
 
 def refusal(x: torch.Tensor) -> str | None:
     """Why a legal input goes to the reference and not to a fused kernel, in words; None where the kernel takes it."""
-    if not calling.has_kernel(NAME, x.device.type):
-        return f"no fused kernel is registered for {x.device.type}"
-    if calling.is_foreign(x):
-        return f"{type(x).__name__} knows PyTorch's operations only"
-    if x.dtype not in KERNEL_DTYPES:
-        return f"the fused kernel has no {x.dtype}"
-    return None
+    return calling.refusal(NAME, _contract, x)
+
+
+def _contract(x) -> str | None:
+    return None if x.dtype in KERNEL_DTYPES else f"the fused kernel has no {x.dtype}"
 
 
 def check_floating(name: str, value: object, shape: str) -> None:
@@ -141,11 +139,13 @@ def _accumulator(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
-def _default(x, bias=None):
+def default(x, bias=None):
+    """The forward by plain operations, on any device and below autograd."""
     return F.gelu(x).contiguous()
 
 
-def _default_backward(grad_out, x, output=False, bias_grad=False):
+def default_backward(grad_out, x, output=False, bias_grad=False):
+    """The backward by plain operations, on any device and below autograd."""
     grad_x, out, sums = gradients(grad_out, x, output, bias_grad, fused=False)
     return (
         grad_x.contiguous(),
@@ -186,7 +186,7 @@ class _Gelu(torch.autograd.Function):
         return (grad_x if needs[0] else None, sums.to(bias.dtype) if bias_grad else None)[: len(needs)]
 
 
-_library.impl(NAME, _default, "CompositeExplicitAutograd")
-_library.impl(f"{NAME}_backward", _default_backward, "CompositeExplicitAutograd")
+_library.impl(NAME, default, "CompositeExplicitAutograd")
+_library.impl(f"{NAME}_backward", default_backward, "CompositeExplicitAutograd")
 calling.define_autograd(_library, NAME, _Gelu, reference.gelu)
 calling.refuse_second_derivative(_library, NAME)

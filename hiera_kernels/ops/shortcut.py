@@ -95,12 +95,14 @@ def refusal(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: int, ties: str = "first"
 ) -> str | None:
     """Why a legal input goes to the reference and not to a fused kernel, in words; None where the kernel takes it."""
-    if not calling.has_kernel(NAME, x.device.type):
-        return f"no fused kernel is registered for {x.device.type}"
-    for tensor in (x, weight, bias):
+    for tensor in (weight, bias):
         if tensor is not None and calling.is_foreign(tensor):
             return f"{type(tensor).__name__} knows PyTorch's operations only"
-    dtype = calling.autocast_dtype(x) or x.dtype
+    return calling.refusal(NAME, contract, x, calling.autocast_dtype(x) or x.dtype, stride, ties)
+
+
+def contract(x: torch.Tensor, dtype: torch.dtype, stride: int, ties: str) -> str | None:
+    """What is asked of no kernel, in words. dtype: of the product, under autocast perhaps another than that of x."""
     if dtype not in KERNEL_DTYPES:
         return f"the fused kernel has no {dtype}"
     if stride > MAX_STRIDE[ties]:
@@ -141,7 +143,8 @@ def _as_autocast_has_it(*tensors):
 # ---- what the op does where no device kernel is registered ----
 
 
-def _default(x, weight, bias, stride, ties="first", save_winners=False):
+def default(x, weight, bias, stride, ties="first", save_winners=False):
+    """The forward by plain operations, on any device and below autograd."""
     _check_byte(stride, ties)
     product = F.linear(x, weight, bias)
     groups = product.reshape(x.shape[0], stride, x.shape[1] // stride, weight.shape[0])
@@ -153,7 +156,8 @@ def _default(x, weight, bias, stride, ties="first", save_winners=False):
     return out.contiguous(), winners.to(torch.uint8) if save_winners else _nothing(x, torch.uint8)
 
 
-def _default_backward(grad_out, x, weight, winners, stride, ties, needs):
+def default_backward(grad_out, x, weight, winners, stride, ties, needs):
+    """The backward by plain operations, on any device and below autograd."""
     # [B, P, R, Co]
     grad = unpooled(grad_out, winners, stride, ties)
     grad_rows, x_rows = grad.reshape(-1, weight.shape[0]), x.reshape(-1, x.shape[2])
@@ -189,8 +193,8 @@ def _check_byte(stride, ties) -> None:
         )
 
 
-_library.impl(NAME, _default, "CompositeExplicitAutograd")
-_library.impl(f"{NAME}_backward", _default_backward, "CompositeExplicitAutograd")
+_library.impl(NAME, default, "CompositeExplicitAutograd")
+_library.impl(f"{NAME}_backward", default_backward, "CompositeExplicitAutograd")
 
 
 # ---- shapes without data ----
@@ -250,7 +254,7 @@ class _LinearQPool(torch.autograd.Function):
 
 def _plain(x, weight, bias, stride, ties="first", save_winners=False):
     with torch.no_grad():
-        winners = _default(x, weight, bias, stride, ties, True)[1] if save_winners else _nothing(x, torch.uint8)
+        winners = default(x, weight, bias, stride, ties, True)[1] if save_winners else _nothing(x, torch.uint8)
     return reference.linear_q_pool(x, weight, bias, stride, ties).contiguous(), winners
 
 
