@@ -9,7 +9,6 @@ from hiera_kernels.reference import layer_norm as reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 KERNEL_DTYPES = DTYPES[:3]
-KERNEL_MAX_CHANNELS = 2048
 
 
 def add_layer_norm(
@@ -82,18 +81,15 @@ def add_layer_norm_with_statistics(
     Both are [B, ...], fp32, without gradient; None where plain PyTorch did the work.
     """
     _check(x, branch, weight, bias, eps, drop_scale, layer_scale, normed_dtype, branch_bias)
-    off = is_disabled()
-    plain = off or refusal(x, branch, weight, bias, drop_scale, layer_scale, branch_bias) is not None
     args = (x, branch, weight, bias, eps, drop_scale, layer_scale, normed_dtype, branch_bias)
+    plain = is_disabled() or refusal(*args[:4], *args[5:]) is not None
     compiling = torch.compiler.is_compiling()
     if plain or (not compiling and calling.transformed()):
         return (*reference.add_layer_norm(*args), None, None)
     args = (*args[:7], resolved_dtype(x, branch, layer_scale, normed_dtype), branch_bias)
     if compiling:
         found = OP(*args)
-    elif torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (*args[:4], layer_scale, branch_bias)
-    ):
+    elif torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
         found = differentiable(*args)
     else:
         with calling.below_autograd():
@@ -108,24 +104,30 @@ def refusal(
     bias: torch.Tensor | None = None,
     drop_scale: torch.Tensor | None = None,
     layer_scale: torch.Tensor | None = None,
+    normed_dtype: torch.dtype | None = None,
     branch_bias: torch.Tensor | None = None,
 ) -> str | None:
     """Why a legal input goes to the reference and not to a fused kernel, in words; None where the kernel takes it."""
-    if not calling.has_kernel(NAME, x.device.type):
-        return f"no fused kernel is registered for {x.device.type}"
-    for tensor in (x, branch, weight, bias, drop_scale, layer_scale, branch_bias):
-        if tensor is None:
-            continue
-        if calling.is_foreign(tensor):
+    tensors = (branch, weight, bias, drop_scale, layer_scale, branch_bias)
+    reason = calling.refusal(NAME, _contract, x, *tensors)
+    if reason is not None:
+        return reason
+    for tensor in tensors:
+        if tensor is not None and calling.is_foreign(tensor):
             return f"{type(tensor).__name__} knows PyTorch's operations only"
-        if tensor.dtype not in KERNEL_DTYPES:
-            return f"the fused kernel has no {tensor.dtype}"
-        if tensor.device != x.device:
+        if tensor is not None and tensor.device != x.device:
             return f"x is on {x.device}, another argument on {tensor.device}"
-    if x.shape[-1] > KERNEL_MAX_CHANNELS:
-        return f"a row has {x.shape[-1]} channels; the fused kernel takes up to {KERNEL_MAX_CHANNELS}"
+    if normed_dtype is torch.float64 and x.dtype is not torch.float64:
+        return "the fused kernel has no torch.float64"
     if drop_scale is not None and drop_scale.requires_grad:
         return "the fused kernel has no gradient for drop_scale"
+    return None
+
+
+def _contract(*tensors) -> str | None:
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype not in KERNEL_DTYPES:
+            return f"the fused kernel has no {tensor.dtype}"
     return None
 
 

@@ -60,7 +60,8 @@ def shared_gradient(x_dtype, branch_dtype, drop_scale, layer_scale) -> bool:
 # ---- what the op does where no device kernel is registered ----
 
 
-def _default(x, branch, weight, bias, eps=1e-6, drop_scale=None, layer_scale=None, normed_dtype=None, branch_bias=None):
+def default(x, branch, weight, bias, eps=1e-6, drop_scale=None, layer_scale=None, normed_dtype=None, branch_bias=None):
+    """The forward by plain operations, on any device and below autograd."""
     total = x
     if branch is not None:
         total = reference.residual_sum(x, branch, drop_scale, layer_scale)
@@ -72,9 +73,10 @@ def _default(x, branch, weight, bias, eps=1e-6, drop_scale=None, layer_scale=Non
     return total, normed.to(normed_dtype), mean.squeeze(-1), rstd.squeeze(-1)
 
 
-def _default_backward(
+def default_backward(
     grad_sum, grad_normed, sum, mean, rstd, weight, branch, drop_scale, layer_scale, x_dtype, branch_dtype, wanted
 ):
+    """The backward by plain operations, on any device and below autograd."""
     exact = accumulator(sum.dtype)
     # A copy where nothing would be added to it: what an op returns is no input of it.
     grad = None if grad_sum is None else grad_sum.to(exact, copy=grad_normed is None)
@@ -107,8 +109,8 @@ def _default_backward(
     return grad_x, grad_branch, grad_channels
 
 
-_library.impl(NAME, _default, "CompositeExplicitAutograd")
-_library.impl(f"{NAME}_backward", _default_backward, "CompositeExplicitAutograd")
+_library.impl(NAME, default, "CompositeExplicitAutograd")
+_library.impl(f"{NAME}_backward", default_backward, "CompositeExplicitAutograd")
 
 
 # ---- shapes without data ----
@@ -202,7 +204,7 @@ def differentiable(*args) -> tuple[torch.Tensor, ...]:
 def _plain(x, branch, weight, bias, eps=1e-6, drop_scale=None, layer_scale=None, normed_dtype=None, branch_bias=None):
     args = (x, branch, weight, bias, eps, drop_scale, layer_scale, normed_dtype, branch_bias)
     total, normed = reference.add_layer_norm(*args)
-    _, _, mean, rstd = _default(total.detach(), None, None, None, eps)
+    _, _, mean, rstd = default(total.detach(), None, None, None, eps)
     return total if branch is not None else x.new_empty(0), normed, mean, rstd
 
 

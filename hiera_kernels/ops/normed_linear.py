@@ -127,7 +127,8 @@ class _Refusing(torch.autograd.Function):
 # ---- normalize: what the op does where no device kernel is registered, and its contract ----
 
 
-def _default(sum, mean, rstd, weight, bias, dtype):
+def default(sum, mean, rstd, weight, bias, dtype):
+    """By plain operations, on any device and below autograd."""
     # As F.layer_norm has it, all of it in the dtype of the sums: the forward's own bits, or one rounding beside them.
     weight, bias = (None if t is None else t.to(rstd.dtype) for t in (weight, bias))
     return reference.normalize(sum, mean, rstd, weight, bias, dtype).contiguous()
@@ -151,5 +152,5 @@ class _Normalize(torch.autograd.Function):
         raise NotImplementedError("hiera_kernels::normalize has no derivative; F.layer_norm has")
 
 
-_library.impl(NAME, _default, "CompositeExplicitAutograd")
-calling.define_autograd(_library, NAME, _Normalize, _default)
+_library.impl(NAME, default, "CompositeExplicitAutograd")
+calling.define_autograd(_library, NAME, _Normalize, default)
