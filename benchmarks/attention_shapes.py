@@ -5,6 +5,7 @@
 Nothing here is typed: every model is built on the meta device and its blocks are walked.
 """
 
+import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -16,6 +17,18 @@ import hiera
 
 # Fraction of mask units that pre-training hides (arXiv 2306.00989, section 4 and appendix), by spatial dimensions.
 MASK_RATIO = {2: 0.6, 3: 0.9}
+
+# Published models at other sizes (height, width), which have no function of their own.
+LARGER = {
+    f"hiera_base_{text}": ("hiera_base_224", {"input_size": size})
+    for text, size in (
+        ("448", (448, 448)),
+        ("896", (896, 896)),
+        ("1536", (1536, 1536)),
+        ("2048x1536", (2048, 1536)),
+        ("3072x2048", (3072, 2048)),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +43,7 @@ class AttentionShape:
     H: int  # heads
     D: int  # head dim
     blocks: int = 1  # of the model that call it so
+    C_in: int = 0  # channels of the block's input, C except where a stage begins
 
     @property
     def K(self) -> int:
@@ -72,15 +86,31 @@ class AttentionShape:
 
 
 def _calls(blocks: Iterable, N: int) -> list[tuple]:
-    """(N, W, P, H, D) of each block, for N tokens in front of the first."""
+    """(N, W, P, H, D, 1, C_in) of each block, for N tokens in front of the first."""
     found = []
     for block in blocks:
         attn = block.attn
         P = attn.q_stride
         W = N // (P * attn.window_size) if attn.use_mask_unit_attn else 1
-        found.append((N, W, P, attn.heads, attn.head_dim))
+        found.append((N, W, P, attn.heads, attn.head_dim, 1, attn.dim))
         N //= P
     return found
+
+
+def on_meta(name: str, **overrides) -> torch.nn.Module:
+    """The model without memory; `name` and `overrides` as for `of_model`."""
+    name, settings = LARGER.get(name, (name, {}))
+    with torch.device("meta"):
+        return hiera.create_model(name, **{**settings, **overrides})
+
+
+def kept_units(model: torch.nn.Module, mask_ratio: float | None = None) -> int:
+    """Mask units that the first block sees: all of them, or in pre-training the visible ones."""
+    units = math.prod(model.mask_spatial_shape)
+    if not hasattr(model, "decoder_blocks"):
+        return units
+    ratio = MASK_RATIO[len(model.mask_spatial_shape)] if mask_ratio is None else mask_ratio
+    return int(units * (1 - ratio))
 
 
 @cache
@@ -88,20 +118,14 @@ def of_model(name: str, mask_ratio: float | None = None, **overrides) -> tuple[A
     """The shapes of one model, in the order of its blocks, equal neighbours merged.
 
     Args:
-        name: One of `hiera.list_models()`.
+        name: One of `hiera.list_models()`, or one of `LARGER`.
         mask_ratio: Of an autoencoder; default: what it was pre-trained with.
         **overrides: As `hiera.create_model`, e.g. `input_size=(256, 384)`.
 
     Equivalent to: a forward hook on every attention that notes N, and what `MaskUnitAttention.forward` makes of it.
     """
-    with torch.device("meta"):
-        model = hiera.create_model(name, **overrides)
-    units = math.prod(model.mask_spatial_shape)
-    kept = units
-    if hasattr(model, "decoder_blocks"):
-        ratio = MASK_RATIO[len(model.mask_spatial_shape)] if mask_ratio is None else mask_ratio
-        kept = int(units * (1 - ratio))
-    calls = _calls(model.blocks, kept * model.mu_size)
+    label, model = name, on_meta(name, **overrides)
+    calls = _calls(model.blocks, kept_units(model, mask_ratio) * model.mu_size)
     places = []
     for i in range(len(calls)):
         stage = 1 + sum(i > end for end in model.stage_ends)
@@ -112,10 +136,11 @@ def of_model(name: str, mask_ratio: float | None = None, **overrides) -> tuple[A
         places += ["decoder"] * len(model.decoder_blocks)
     shapes: list[AttentionShape] = []
     for call, place in zip(calls, places, strict=True):
-        if shapes and (shapes[-1].place, shapes[-1].key) == (place, call):
+        shape = AttentionShape(label, place, *call)
+        if shapes and shapes[-1] == replace(shape, blocks=shapes[-1].blocks):
             shapes[-1] = replace(shapes[-1], blocks=shapes[-1].blocks + 1)
         else:
-            shapes.append(AttentionShape(name, place, *call))
+            shapes.append(shape)
     return tuple(shapes)
 
 
@@ -123,6 +148,22 @@ def published() -> list[AttentionShape]:
     """The shapes of all models that have published weights."""
     names = [name for name in hiera.list_models() if getattr(hiera, name).checkpoints]
     return [shape for name in names for shape in of_model(name)]
+
+
+def named(name: str) -> AttentionShape:
+    """The shape called so, e.g. "hiera_base_224.stage2.first"; of blocks that differ in the window only, the last.
+
+    Raises:
+        ValueError: no model, or no place in it, has that name.
+    """
+    model, _, place = name.partition(".")
+    if model not in (*hiera.list_models(), *LARGER):
+        close = difflib.get_close_matches(model, [*hiera.list_models(), *LARGER]) or hiera.list_models()
+        raise ValueError(f"shape must begin with the name of a model, got {name!r}; did you mean {', '.join(close)}?")
+    found = {shape.place: shape for shape in of_model(model)}
+    if place not in found:
+        raise ValueError(f"{model} has the shapes {', '.join(f'{model}.{p}' for p in found)}, got {name!r}")
+    return found[place]
 
 
 def distinct(shapes: Iterable[AttentionShape], key=lambda shape: shape.key) -> dict[tuple, list[AttentionShape]]:

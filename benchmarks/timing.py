@@ -1,4 +1,8 @@
-"""Paired timing: all candidates take turns in one run, so that whatever else the machine does hits them alike."""
+"""Paired timing: all candidates take turns in one run, so that whatever else the machine does hits them alike.
+
+On a GPU a call is timed by events, from an idle device to the end of its last kernel: a short op shows what its launch
+costs. `captured` takes the launches out: many calls in one CUDA graph.
+"""
 
 import gc
 import random
@@ -27,16 +31,47 @@ class Samples:
         return statistics.median(b / a for a, b in zip(self.seconds, other.seconds, strict=True))
 
 
-def rotate(make: Callable[[], Sequence]) -> list[Sequence]:
-    """Several sets of inputs, so many that a set is out of the caches when its turn comes again."""
+def rotate(make: Callable[[], Sequence], cold_bytes: int = COLD_BYTES) -> list[Sequence]:
+    """Several sets of inputs, so many that a set is out of the caches when its turn comes again.
+
+    The first is what `make` returns, the others are copies of it in memory of their own, strides and all.
+    """
     first = make()
+    return [first] + [tuple(map(_copy, first)) for _ in range(sets(first, cold_bytes) - 1)]
+
+
+def sets(first: Sequence, cold_bytes: int = COLD_BYTES) -> int:
+    """How many sets of inputs like `first` the caches cannot hold; at most 64."""
     size = sum(x.numel() * x.element_size() for x in first if isinstance(x, torch.Tensor))
-    return [first] + [make() for _ in range(min(63, max(1, -(-COLD_BYTES // max(1, size)))))]
+    return 1 + min(63, max(1, -(-cold_bytes // max(1, size))))
 
 
-def _synchronize(device: torch.device) -> None:
+def _copy(x):
+    return x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done everything that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def time_once(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds that one call takes on an idle device; its result is dropped after the time is taken."""
+    synchronize(device)
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        result = call()
+        elapsed = time.perf_counter() - begin
+    else:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        result = call()
+        end.record()
+        end.synchronize()
+        elapsed = start.elapsed_time(end) / 1e3
+    del result
+    return elapsed
 
 
 def paired(
@@ -59,13 +94,7 @@ def paired(
         nonlocal turn
         turn += 1
         arguments = inputs[turn % len(inputs)]
-        _synchronize(device)
-        start = time.perf_counter()
-        result = candidates[name](*arguments)
-        _synchronize(device)
-        elapsed = time.perf_counter() - start
-        del result
-        return elapsed
+        return time_once(lambda: candidates[name](*arguments), device)
 
     for name in names:  # warm up: allocator, thread pool, code
         measure(name)
@@ -84,3 +113,43 @@ def paired(
         if collecting:
             gc.enable()
     return {name: Samples(values) for name, values in samples.items()}
+
+
+class Captured:
+    """Calls 0 ... count-1 of a function as one CUDA graph, all results alive, so that each call writes memory of its
+    own.
+
+    Args:
+        call: Takes the number of an input set, and with `before` what `before` returned for it.
+        count: Number of input sets.
+        before: Captured in a graph of its own and replayed once, untimed: the forward in front of a backward.
+    """
+
+    def __init__(self, call: Callable, count: int, before: Callable | None = None):
+        self.count = count
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # compile, allocate, choose algorithms: nothing of it may happen in a capture
+            for i in range(min(2, count)):
+                call(i, before(i)) if before else call(i)
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        self.graph, self.first, made = torch.cuda.CUDAGraph(), None, []
+        if before:
+            self.first = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.first):
+                made = [before(i) for i in range(count)]
+        with torch.cuda.graph(self.graph, pool=self.first.pool() if self.first else None):
+            kept = [call(i, made[i]) if before else call(i) for i in range(count)]
+        self.kept = made, kept
+        if self.first:
+            self.first.replay()
+
+    def __call__(self) -> None:
+        """Replay all calls."""
+        self.graph.replay()
+
+
+def per_call(samples: Samples, calls: int) -> Samples:
+    """The samples of a graph of so many calls, as seconds of one call."""
+    return Samples([seconds / calls for seconds in samples.seconds])
