@@ -15,11 +15,10 @@ from hiera_kernels.ops import attention, calling, pooling
 REFERENCE = "plain PyTorch"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# Which kind of kernel is the faster one, op by op.
+# The ops whose faster kernel is compiled C++ or CUDA; that of all others is written in Triton.
 COMPILED_OPS = ("unroll", "reroll", "reroll_masked", "embed_tokens")
-TRITON_OPS = ("mask_unit_attention", "q_pool", "window_attention")
-# Ops without a kernel under their own name, and the op whose kernel does their work.
-SERVED_BY = {"reroll_masked": "reroll"}
+# Public functions without a kernel under their own name, and the op whose kernel does their work.
+SERVED_BY = {"reroll_masked": "reroll", "gelu_linear": "gelu", "mlp": "gelu"}
 
 # op -> (shape, question): whether a kernel takes a call of usual size, an empty batch of which is made for the purpose.
 # Hiera's first stage: 64 keys, D = 96.
