@@ -52,7 +52,7 @@ def _rows_of_pass(case, trial, name, found, inputs, device, seconds, copy_gb_per
     moved = trial.bytes_of(name)
     status = {candidate: _status(found[candidate], name) for candidate in trial.candidates}
     calls, for_graph = {}, {}
-    for candidate, (verdict, error) in status.items():
+    for candidate, (verdict, _) in status.items():
         if verdict == parity.GREEN:
             try:
                 calls[candidate], *for_graph[candidate] = _calls(trial, candidate, name, inputs)

@@ -8,10 +8,11 @@
     python -m benchmarks.ops mask_unit_attention --tune        # the launch table for the GPU at hand: tune.py
 
 Shapes are read off the models and named after them: `python -m benchmarks.attention_shapes` and `... window_shapes`
-print them. Each table is one pass: forward (without autograd), backward (alone), or both; on a GPU also as a CUDA graph.
+print them. Each table is one pass: forward (without autograd), backward (alone), or both; on a GPU also as a CUDA
+graph.
 
-Columns: the median, 20th and 80th percentile of the time; the rate that the compulsory bytes (each input read once, each
-output written once) make of the median; the speed against `clone()` of as many bytes, the median of round-by-round
+Columns: the median, 20th and 80th percentile of the time; the rate that the compulsory bytes (each input read once,
+each output written once) make of the median; the speed against `clone()` of as many bytes, the median of round-by-round
 ratios: 1.00 is as fast as a copy; the rate as a fraction of the copy bandwidth of this device, measured first; on a GPU
 the memory that the call needs at its peak. Inputs take turns, so that they are not in the caches.
 

@@ -1,8 +1,8 @@
 """What the ops on rows of a block are measured against: plain PyTorch, eager and by torch.compile.
 
 Shapes are those of the blocks of the models (attention_shapes.py): rows of C channels behind the attention of a place,
-hidden rows of 4*C, and in front of a pooling block rows of its input. 16-bit tables are a step under autocast: parameters
-of norms are fp32, the residual stream is fp32 in stage 1, and what is normed is written in 16 bits.
+hidden rows of 4*C, and in front of a pooling block rows of its input. 16-bit tables are a step under autocast: norms
+have fp32 parameters, the residual stream is fp32 in stage 1, and what is normed is written in 16 bits.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """Token grids at which the published models call `unroll`, `reroll` and `embed_tokens`, read off the models themselves.
 
-Only batch and dtype are chosen here. Shapes of attention, and with them of the rows of every block: attention_shapes.py;
-of SAM 2's image encoders: window_shapes.py.
+Only batch and dtype are chosen here. Shapes of attention, and with them of the rows of every block, are in
+attention_shapes.py; those of SAM 2's image encoders in window_shapes.py.
 """
 
 import math
