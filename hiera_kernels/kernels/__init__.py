@@ -9,7 +9,7 @@ import importlib.util
 
 import torch
 
-from hiera_kernels.kernels import feed_forward_calls, layer_norm_calls, limits
+from hiera_kernels.kernels import feed_forward_calls, layer_norm_calls, limits, window_calls
 from hiera_kernels.ops import attention as attention_op
 from hiera_kernels.ops import calling
 from hiera_kernels.ops import pooling as pooling_op
@@ -61,6 +61,7 @@ IMPLEMENTATIONS = {
     "q_pool_backward": _q_pool_backward,
     **feed_forward_calls.IMPLEMENTATIONS,
     **layer_norm_calls.IMPLEMENTATIONS,
+    **window_calls.IMPLEMENTATIONS,
 }
 
 
@@ -70,6 +71,7 @@ LIMITS = {
     "q_pool": limits.pooling_limit,
     **feed_forward_calls.LIMITS,
     **layer_norm_calls.LIMITS,
+    **window_calls.LIMITS,
 }
 
 

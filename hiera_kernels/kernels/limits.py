@@ -24,23 +24,26 @@ def attention_limit(
 ) -> str | None:
     """Why the kernels cannot serve this legal input of mask_unit_attention, in words; None if they can."""
     _, tokens, width = qkv.shape
-    head_dim, keys = width // (3 * num_heads), tokens // num_windows
-    if qkv.dtype not in DTYPES:
-        return f"no fused kernel computes in {qkv.dtype}"
+    return row_limit(qkv.dtype, qkv.device, width // (3 * num_heads), tokens // num_windows, q_stride)
+
+
+def row_limit(dtype: torch.dtype, device: torch.device, head_dim: int, keys: int, q_stride: int) -> str | None:
+    """Why no attention kernel serves windows of so many keys, pooled so, in words; None if one does."""
+    if dtype not in DTYPES:
+        return f"no fused kernel computes in {dtype}"
     if head_dim % 8 != 0 or not 8 <= head_dim <= MAX_HEAD_DIM:
         return f"the head dimension is {head_dim}; the fused kernels take multiples of 8 up to {MAX_HEAD_DIM}"
     if not 1 <= keys <= MAX_KEYS:
         return f"a window has {keys} keys; the fused kernels take 1 to {MAX_KEYS}"
     if q_stride > MAX_STRIDE:
         return f"q_stride is {q_stride}; the fused kernels take up to {MAX_STRIDE}"
-    device = qkv.device
     if device.type != "cuda":
         return None
     if (reason := device_limit(device)) is not None:
         return reason
     if keys > SMALL_KEYS and not has_large_shared_memory(device):
         return f"a window has {keys} keys; the shared memory of {_name(device)} holds {SMALL_KEYS}"
-    if qkv.dtype is torch.float32:
+    if dtype is torch.float32:
         if keys > MIN_ROWS and matmul_precision() == "ieee":
             return f"fp32 without TF32 does not fit in registers for {keys} keys; 4-D SDPA serves it"
         if keys > SMALL_KEYS or (keys > 32 and head_dim > 96):

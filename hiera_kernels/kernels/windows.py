@@ -5,11 +5,13 @@ then images. What a program holds, PACK, ROUNDS, D0 and D1: attention.py. Nothin
 cropped in memory: a program reads its window where it lies, and writes the rows of its queries where they belong.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
-from hiera_kernels.kernels.launch_table import Launch, on_device, tiles
+from hiera_kernels.kernels.launch_table import Launch, Tiles, on_device, tiles
 from hiera_kernels.kernels.limits import compute_capability, matmul_precision
 from hiera_kernels.kernels.tile_access import LOG2_E, columns, rows, store_rows, token_step, units
 from hiera_kernels.kernels.window_access import load_keys, load_queries, on_map, token_offsets, window_place
@@ -104,6 +106,17 @@ def _forward_kernel(
 
 # ---- launch ----
 
+# As launch_table.TUNED, and in addition to it.
+TUNED: dict[tuple[str, int, int, int, int, int], dict[str, int]] = {
+    ("backward", 49, 49, 56, 16, 8): {"rounds": 4},  # with 2, ptxas spills two registers
+}
+
+
+def window_tiles(direction: str, S: int, P: int, D: int, itemsize: int, capability: tuple[int, int]) -> Tiles:
+    """The configuration of one kernel: the launch table's, whose kernels do the same work at other addresses."""
+    tile = tiles(direction, S, P, D, itemsize, capability)
+    return tile._replace(**TUNED.get((direction, S, S * P, D, 8 * itemsize, capability[0]), {}))
+
 
 def sizes(qkv: torch.Tensor, num_heads: int, window_size, q_stride, pad, scale: float | None) -> tuple[dict, dict]:
     """Run-time arguments and constexprs that every kernel has."""
@@ -144,7 +157,7 @@ def plan_forward(qkv, out, num_heads, window_size, q_stride, pad, scale, capabil
     """The launches of a forward: all tensors contiguous, pad None for zeros. Looks at no data."""
     arguments, constexprs = sizes(qkv, num_heads, window_size, q_stride, pad, scale)
     S, P = queries_and_stride(constexprs)
-    tile = tiles("forward", S, P, constexprs["D"], qkv.element_size(), capability)
+    tile = window_tiles("forward", S, P, constexprs["D"], qkv.element_size(), capability)
     constexprs |= {"BLOCK_S": tile.block_s, "BLOCK_K": tile.block_k, "D0": tile.d0, "D1": tile.d1}
     constexprs |= {"PACK": tile.pack, "ROUNDS": tile.rounds}
     grid = triton.cdiv(arguments["num_units"], tile.pack * tile.rounds) * triton.cdiv(S, tile.block_s)
@@ -154,11 +167,17 @@ def plan_forward(qkv, out, num_heads, window_size, q_stride, pad, scale, capabil
 
 
 def window_attention_forward(
-    qkv: torch.Tensor, num_heads: int, window_size=None, q_stride=None, pad: torch.Tensor | None = None, scale=None
+    qkv: torch.Tensor,
+    num_heads: int,
+    window_size: Sequence[int],
+    q_stride: Sequence[int],
+    pad: torch.Tensor | None = None,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """Launch the forward kernel: qkv [B, Hs, Ws, 3*C], any strides -> out [B, Hs/q_stride, Ws/q_stride, C].
 
-    The input is one that `window_limit` has nothing against. Runs on the device of qkv; in Triton's interpreter on CPU.
+    window_size and q_stride hold two ints each, or none: the whole map, no pooling. pad [3*C], or None for zeros. The
+    input is one that `window_limit` has nothing against. Runs on the device of qkv; in Triton's interpreter on CPU.
     """
     batch, map_h, map_w, width = qkv.shape
     _, (pool_h, pool_w) = window_and_pool(qkv, window_size, q_stride)

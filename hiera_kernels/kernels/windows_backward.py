@@ -6,11 +6,13 @@ place of its own, and the sums of all windows are added in one fixed order. No a
 windows_backward_long.py.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
-from hiera_kernels.kernels.launch_table import Launch, on_device, tiles
+from hiera_kernels.kernels.launch_table import Launch, on_device
 from hiera_kernels.kernels.limits import SMALL_KEYS, compute_capability
 from hiera_kernels.kernels.tile_access import (
     columns,
@@ -32,7 +34,7 @@ from hiera_kernels.kernels.window_access import (
     token_offsets,
     window_place,
 )
-from hiera_kernels.kernels.windows import queries_and_stride, sizes
+from hiera_kernels.kernels.windows import queries_and_stride, sizes, window_tiles
 from hiera_kernels.kernels.windows_backward_long import key_blocks, plan_long
 
 
@@ -163,7 +165,7 @@ def _backward_kernel(
 def plan_short(arguments, constexprs, itemsize, capability) -> Launch:
     """The one launch, from what `plan_backward` prepares."""
     S, P = queries_and_stride(constexprs)
-    tile = tiles("backward", S, P, constexprs["D"], itemsize, capability)
+    tile = window_tiles("backward", S, P, constexprs["D"], itemsize, capability)
     constexprs |= {"BLOCK_S": tile.block_s, "BLOCK_K": tile.block_k, "D0": tile.d0, "D1": tile.d1}
     constexprs |= {"COPIES": tile.copies, "PACK": tile.pack, "ROUNDS": tile.rounds}
     grid = triton.cdiv(arguments["num_units"], tile.pack * tile.rounds)
@@ -203,8 +205,8 @@ def window_attention_backward(
     grad_out: torch.Tensor,
     qkv: torch.Tensor,
     num_heads: int,
-    window_size=None,
-    q_stride=None,
+    window_size: Sequence[int],
+    q_stride: Sequence[int],
     pad: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ block of keys of an overhanging window, the gradients of its padded keys and val
 import triton
 import triton.language as tl
 
-from hiera_kernels.kernels.launch_table import Launch, tiles
+from hiera_kernels.kernels.launch_table import Launch, Tiles
 from hiera_kernels.kernels.tile_access import (
     LOG2_E,
     columns,
@@ -31,7 +31,7 @@ from hiera_kernels.kernels.window_access import (
     token_offsets,
     window_place,
 )
-from hiera_kernels.kernels.windows import queries_and_stride
+from hiera_kernels.kernels.windows import queries_and_stride, window_tiles
 
 
 @triton.jit(do_not_specialize=["num_units", "num_windows", "num_heads", "map_h", "map_w"])
@@ -239,20 +239,20 @@ def plan_long(tensors, arguments, constexprs, itemsize, capability) -> list[Laun
     S, P = queries_and_stride(constexprs)
     partial = tensors.pop("p_grad_pad")
     tensors["p_stats"] = tensors["p_grad"].new_empty(arguments["num_units"] * 2 * S, dtype=partial.dtype)
-    tile = tiles("backward_q", S, P, constexprs["D"], itemsize, capability)
+    tile = window_tiles("backward_q", S, P, constexprs["D"], itemsize, capability)
     grid = arguments["num_units"] * triton.cdiv(S, tile.block_s)
     launches = [_launch(_backward_q_kernel, grid, tensors | arguments, constexprs, tile)]
-    tile = tiles("backward_kv", S, P, constexprs["D"], itemsize, capability)
+    tile = window_tiles("backward_kv", S, P, constexprs["D"], itemsize, capability)
     grid = arguments["num_units"] * key_blocks(S, P, constexprs["D"], itemsize, capability)
     arguments = tensors | {"p_grad_pad": partial} | arguments | {"num_queries": S}
     return [*launches, _launch(_backward_kv_kernel, grid, arguments, constexprs, tile)]
 
 
-def _launch(kernel, grid, arguments, constexprs, tile) -> Launch:
+def _launch(kernel, grid: int, arguments: dict, constexprs: dict, tile: Tiles) -> Launch:
     own = constexprs | {"BLOCK_S": tile.block_s, "BLOCK_K": tile.block_k, "D0": tile.d0, "D1": tile.d1}
     return Launch(kernel, grid, arguments, own, tile.num_warps, tile.num_stages)
 
 
 def key_blocks(S: int, P: int, D: int, itemsize: int, capability: tuple[int, int]) -> int:
     """Blocks of keys that a window has, each with sums over padded tokens of its own."""
-    return triton.cdiv(P * S, tiles("backward_kv", S, P, D, itemsize, capability).block_k)
+    return triton.cdiv(P * S, window_tiles("backward_kv", S, P, D, itemsize, capability).block_k)

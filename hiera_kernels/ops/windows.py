@@ -10,8 +10,9 @@ A kernel registers for its device, ``Library("hiera_kernels", "IMPL").impl(name,
     where there are none; empty, [0], without ``pad``.
 
 Arguments that equal their defaults may be left out by the dispatcher: a launch function repeats the defaults. It meets
-neither autograd nor autocast, but tensors of any strides. How the public function gets to the op, or past it:
-calling.py.
+neither autograd nor autocast, but tensors of any strides. What it does not serve it says beforehand, in
+``calling.limits``, and hands over to `default` and `default_backward`. How the public function gets to the op, or past
+it: calling.py.
 """
 
 import torch
@@ -24,7 +25,7 @@ from hiera_kernels.reference import windows as reference
 NAME = "window_attention"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# What a native kernel is asked to serve; the rest goes to the reference.
+# What a kernel is asked to serve that has not told its own limits (calling.limits); the rest goes to the reference.
 KERNEL_DTYPES = DTYPES[:3]
 KERNEL_MAX_HEAD_DIM = 128
 KERNEL_MAX_KEYS = 256
@@ -102,7 +103,7 @@ def window_attention(
     """
     window_size, q_stride = _check(qkv, num_heads, window_size, q_stride, pad, scale)
     off = is_disabled()
-    plain = off or refusal(qkv, num_heads, window_size, q_stride, pad) is not None
+    plain = off or _refusal(qkv, num_heads, window_size, q_stride, pad) is not None
     if not plain and (dtype := calling.autocast_dtype(qkv)) is not None:
         # Plain operations pool before SDPA casts; to cast first would make ties of queries that are none.
         plain = len(q_stride) > 0
@@ -133,26 +134,30 @@ def refusal(
     pad: torch.Tensor | None = None,
 ) -> str | None:
     """Why a legal input goes to the reference and not to a fused kernel, in words; None where the kernel takes it."""
-    device_type = qkv.device.type
-    if not calling.has_kernel(NAME, device_type):
-        return f"no fused kernel is registered for {device_type}"
-    if calling.is_foreign(qkv) or (pad is not None and calling.is_foreign(pad)):
-        return f"{type(qkv if calling.is_foreign(qkv) else pad).__name__} knows PyTorch's operations only"
+    return _refusal(qkv, num_heads, _pair("window_size", window_size), _pair("q_stride", q_stride), pad)
+
+
+def _refusal(qkv, num_heads, window_size, q_stride, pad) -> str | None:
+    if pad is not None and calling.is_foreign(pad):
+        return f"{type(pad).__name__} knows PyTorch's operations only"
+    return calling.refusal(NAME, _contract, qkv, num_heads, window_size, q_stride)
+
+
+def _contract(qkv, num_heads, window_size, q_stride) -> str | None:
     if qkv.dtype not in KERNEL_DTYPES:
         return f"the fused kernel has no {qkv.dtype}"
     _, map_h, map_w, width = qkv.shape
     head_dim = width // (3 * num_heads)
     if head_dim % 8 != 0 or head_dim > KERNEL_MAX_HEAD_DIM:
         return f"the head dimension is {head_dim}; the fused kernel takes multiples of 8 up to {KERNEL_MAX_HEAD_DIM}"
-    window = reference.pair(window_size or None) or (map_h, map_w)
+    window = window_size or (map_h, map_w)
     if window[0] * window[1] > KERNEL_MAX_KEYS:
         return (
             f"a window has {window[0] * window[1]} keys; beyond {KERNEL_MAX_KEYS}, 4-D scaled_dot_product_attention "
             "takes over"
         )
-    pool = reference.pair(q_stride or None) or (1, 1)
-    if pool[0] * pool[1] > KERNEL_MAX_STRIDE:
-        return f"q_stride is {pool}; the fused kernel pools up to {KERNEL_MAX_STRIDE} queries"
+    if q_stride and q_stride[0] * q_stride[1] > KERNEL_MAX_STRIDE:
+        return f"q_stride is {q_stride}; the fused kernel pools up to {KERNEL_MAX_STRIDE} queries"
     return None
 
 
@@ -168,6 +173,8 @@ def _check(qkv, num_heads, window_size, q_stride, pad, scale) -> tuple[tuple[int
             f"the last dimension of qkv must be 3 * num_heads * head_dim, a multiple of {3 * num_heads} "
             f"for num_heads={num_heads}, got {width} in shape {tuple(qkv.shape)}"
         )
+    if map_h < 1 or map_w < 1:
+        raise ValueError(f"qkv must have at least one token, got shape {tuple(qkv.shape)}")
     window = _pair("window_size", window_size)
     stride = _pair("q_stride", q_stride)
     for axis, extent, name in ((0, map_h, "height"), (1, map_w, "width")):
@@ -210,13 +217,14 @@ def _pair(name: str, value: object) -> tuple[int, ...]:
 # ---- what the op does where no device kernel is registered ----
 
 
-def _default(qkv, num_heads, window_size, q_stride, pad=None, scale=None):
+def default(qkv, num_heads, window_size, q_stride, pad=None, scale=None):
+    """The forward by plain operations, on any device and below autograd."""
     out = reference.window_attention(qkv, num_heads, window_size or None, q_stride or None, pad, scale)
     return out.contiguous()
 
 
-def _default_backward(grad_out, qkv, pad, num_heads, window_size, q_stride, scale=None):
-    """Recomputes the forward; deterministic where PyTorch's SDPA is."""
+def default_backward(grad_out, qkv, pad, num_heads, window_size, q_stride, scale=None):
+    """The backward by plain operations: recomputes the forward; deterministic where PyTorch's SDPA is."""
     window = reference.pair(window_size or None) or tuple(qkv.shape[1:3])
     dtype = torch.float64 if qkv.dtype is torch.float64 else torch.float32
     with calling.recording():
@@ -235,8 +243,8 @@ def _default_backward(grad_out, qkv, pad, num_heads, window_size, q_stride, scal
     return grad_qkv, grad_pad
 
 
-_library.impl(NAME, _default, "CompositeExplicitAutograd")
-_library.impl(f"{NAME}_backward", _default_backward, "CompositeExplicitAutograd")
+_library.impl(NAME, default, "CompositeExplicitAutograd")
+_library.impl(f"{NAME}_backward", default_backward, "CompositeExplicitAutograd")
 
 
 # ---- shapes without data ----
@@ -281,7 +289,7 @@ class _WindowAttention(torch.autograd.Function):
 
 def _plain(qkv, num_heads, window_size, q_stride, pad=None, scale=None):
     with calling.math_attention():
-        return _default(qkv, num_heads, window_size, q_stride, pad, scale)
+        return default(qkv, num_heads, window_size, q_stride, pad, scale)
 
 
 def _autocast(qkv, num_heads, window_size, q_stride, pad=None, scale=None):
