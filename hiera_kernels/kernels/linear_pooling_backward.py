@@ -26,17 +26,27 @@ ENOUGH_PROGRAMS = 264
 
 
 @triton.jit
-def _unpooled(b_grad, b_winner, i_p, P: tl.constexpr, SPLIT: tl.constexpr):
-    """The gradient of token p out of P, in the dtype of b_grad."""
+def _shares(b_grad, b_winner, m_tile, P: tl.constexpr, SPLIT: tl.constexpr):
+    """What each winner gets of a gradient."""
     if SPLIT:
         b_ties = tl.zeros(b_winner.shape, tl.int32)
-        for i in tl.static_range(P):
-            b_ties += (b_winner >> i) & 1
-        # As the derivative of amax has it, (grad * mask) / count: 0 / 0 where the maximum is NaN.
-        b_part = b_grad.to(tl.float32) * ((b_winner >> i_p) & 1).to(tl.float32)
-        return tl.div_rn(b_part, b_ties.to(tl.float32)).to(b_grad.dtype)
+        for i_p in tl.static_range(P):
+            b_ties += (b_winner >> i_p) & 1
+        b_share = tl.div_rn(b_grad.to(tl.float32), b_ties.to(tl.float32))
+        return tl.where(m_tile, b_share, 0.0).to(b_grad.dtype)  # 0 / 0 in the padding
     else:
-        return tl.where(b_winner == i_p, b_grad, 0.0).to(b_grad.dtype)
+        return b_grad
+
+
+@triton.jit
+def _unpooled(b_share, b_winner, i_p, SPLIT: tl.constexpr):
+    """The gradient of token p out of P."""
+    if SPLIT:
+        # As the derivative of amax has it, (grad * mask) / count: a NaN, which a NaN in the product always brings,
+        # reaches all P tokens.
+        return tl.where(((b_winner >> i_p) & 1) != 0, b_share, b_share * 0.0).to(b_share.dtype)
+    else:
+        return tl.where(b_winner == i_p, b_share, 0.0).to(b_share.dtype)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -62,9 +72,7 @@ def _input_kernel(
         b_grad = load_tile(p_grad, i_row, m_row, o_o, OUT, EVEN_O)
         b_winner = load_tile(p_winners, i_row, m_row, o_o, OUT, EVEN_O).to(tl.int32)
         b_weight = load_tile(p_weight, o_w, o_w < OUT, o_c, C, EVEN_C)
-        b_part = _unpooled(b_grad, b_winner, i_p, P, SPLIT)
-        if SPLIT:
-            b_part = tl.where(m_row & (o_o < OUT), b_part, 0.0).to(b_grad.dtype)  # 0 / 0 in the padding
+        b_part = _unpooled(_shares(b_grad, b_winner, m_row & (o_o < OUT), P, SPLIT), b_winner, i_p, SPLIT)
         b_grad_x = tl.dot(b_part, b_weight, b_grad_x, input_precision=PRECISION)
     o_row = first_rows(i_row, pooled, P) + i_p * pooled
     tl.store(p_grad_x + (o_row * C + o_c), b_grad_x.to(p_grad_x.dtype.element_ty), mask=m_row & (o_c < C))
@@ -95,17 +103,19 @@ def _weight_kernel(
         # [R, O], each
         b_grad = load_tile(p_grad, i_row, m_row, o_o, OUT, EVEN_O)
         b_winner = load_tile(p_winners, i_row, m_row, o_o, OUT, EVEN_O).to(tl.int32)
-        o_row = first_rows(i_row, pooled, P)
-        for i_p in tl.static_range(P):
-            b_part = _unpooled(b_grad, b_winner, i_p, P, SPLIT)
-            if SPLIT:
-                b_part = tl.where(m_row & (o_o < OUT), b_part, 0.0).to(b_grad.dtype)  # 0 / 0 in the padding
-            if BIAS:
-                b_bias += b_part.to(tl.float32)
-            if WEIGHT:
+        b_share = _shares(b_grad, b_winner, m_row & (o_o < OUT), P, SPLIT)
+        if BIAS:
+            b_bias += b_grad.to(tl.float32)
+            if SPLIT:  # what the P tokens get in sum: NaN where _unpooled has one
+                b_bias += tl.where(b_winner == 0, b_share, b_grad).to(tl.float32) * 0.0
+        if WEIGHT:
+            o_row = first_rows(i_row, pooled, P)
+            for i_p in range(P):
                 # [R, C]
-                b_x = load_tile(p_x, o_row + i_p * pooled, m_row, o_c, C, EVEN_C)
+                b_x = load_tile(p_x, o_row, m_row, o_c, C, EVEN_C)
+                b_part = _unpooled(b_share, b_winner, i_p, SPLIT)
                 b_weight = tl.dot(tl.trans(b_part), b_x, b_weight, input_precision=PRECISION)
+                o_row += pooled
     if WEIGHT:
         o_w = i_o * BLOCK_O + tl.arange(0, BLOCK_O)[:, None]
         tl.store(p_weight_sums + ((i_part * OUT + o_w) * C + o_c), b_weight, mask=(o_w < OUT) & (o_c < C))
@@ -140,7 +150,7 @@ def plan_weight(grad_out, x, winners, stride: int, ties: str, needs: tuple[bool,
     (batch, pooled, wide), channels = grad_out.shape, x.shape[2]
     num_rows = batch * pooled
     wide_type = grad_out.element_size() == 4
-    block_r, block_o, block_c = (32, 64, 64) if wide_type else (64, 64, fewest_columns(channels))
+    block_r, block_o, block_c = (32, 64, 64) if wide_type else (32, 64, fewest_columns(channels))
     blocks = triton.cdiv(wide, block_o) * (triton.cdiv(channels, block_c) if needs[0] else 1)
     all_tiles = triton.cdiv(num_rows, block_r)
     tiles = triton.cdiv(all_tiles, max(1, ENOUGH_PROGRAMS // blocks))
