@@ -45,6 +45,12 @@ class Target:
         """What else the report should say of a module that is swapped, or None."""
         return None
 
+    def arrived(self, module: nn.Module) -> None:
+        """Called on a module that has been swapped, copied or loaded: what `fused` wants to know of it."""
+
+    def released(self, module: nn.Module) -> None:
+        """Called on a module that has been given back its class: forget all that."""
+
     @staticmethod
     def applies(module: nn.Module, *args, **kwargs) -> bool:
         """Asked at every call: whether `fused` serves it. Where not, the original runs."""

@@ -25,6 +25,7 @@ _LOCK = threading.RLock()
 # Names of the class attributes that hold what was replaced and by what: long, because a user's class has names too.
 STOCK = "_hiera_kernels_stock_class"
 TARGET = "_hiera_kernels_target"
+OURS = "_hiera_kernels_class"
 
 
 def swapped_class(original, target):
@@ -48,7 +49,9 @@ def _make_class(original, target):
         "__setstate__": _setstate,
     }
     # The only base: with another one before it, Python finds the memory layouts of the two classes different.
-    return type(original)(original.__name__, (original,), namespace)
+    made = type(original)(original.__name__, (original,), namespace)
+    setattr(made, OURS, made)
+    return made
 
 
 def core_class(module):
@@ -70,6 +73,11 @@ def target_of(module):
     return getattr(type(module), TARGET, None)
 
 
+def is_exactly_ours(module):
+    """Whether the class of `module` is our subclass itself, and none that somebody (FSDP2, a user) derived from it."""
+    return getattr(type(module), OURS, None) is type(module)
+
+
 def swap_class(module, target):
     """Make `module` an instance of the subclass; its parametrizations, if any, stay on top.
 
@@ -85,6 +93,7 @@ def unswap_class(module):
     ours = _our_class(type(module))
     if ours is not None:
         module.__class__ = _rebased(type(module), ours, getattr(ours, STOCK))
+        getattr(ours, TARGET).released(module)
 
 
 def rebuild(target_name, stateful, function, arguments):
@@ -109,8 +118,11 @@ def _believe_or_restore(module):
     """Keep the swap of a loaded or copied module only if its class, as this process has it, is still one we know."""
     from hiera_kernels.recognise import refusal
 
-    reason = refusal(module, target_of(module))
-    if reason is not None:
+    target = target_of(module)
+    reason = refusal(module, target)
+    if reason is None:
+        target.arrived(module)
+    else:
         unswap_class(module)
         _warn_left_alone(module, reason)
 

@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from torch import nn
 
 from hiera_kernels.adapters import TARGETS
+from hiera_kernels.block_plan import check_settings, link, set_up
+from hiera_kernels.fused_block import FusedBlock
 from hiera_kernels.ops.calling import has_kernel
 from hiera_kernels.recognise import Target, refusal
 from hiera_kernels.report import Line, Report
 from hiera_kernels.subclass import swap_class, target_of, unswap_class
 
 
-def accelerate(model: nn.Module) -> Report:
+def accelerate(model: nn.Module, recompute: str | None = None, drop_path: str | None = None) -> Report:
     """Make the model's own modules call this package's ops. In place; parameters, names and numbers stay.
 
     Modules are recognised by their attributes and then compared with the op on small look-alikes, on the CPU, in
@@ -26,14 +28,26 @@ def accelerate(model: nn.Module) -> Report:
     Args:
         model: Any module; its submodules are searched (through DDP's `.module` and a compiled module's `_orig_mod`
             too).
+        recompute: What the blocks compute again in the backward instead of keeping it.
+            ``"none"``: what only a matrix product could give back is kept, LayerNorm's output is not (where a kernel
+            makes it). ``"gelu"``: neither is GELU's output, by far the largest tensor of a block; costs one write and
+            one read of it. ``"block"``: only the input of each block is kept, as with activation checkpointing, and its
+            forward runs twice; the random numbers of drop path are the same both times. None keeps what a block has
+            been given before, which at first is ``"gelu"``.
+        drop_path: ``"exact"``: samples that drop path drops are computed and multiplied by zero, as plain PyTorch has
+            it. ``"skip"``: attention and MLP see only the samples that are kept. The same samples, values and
+            gradients (a dropped branch that is not finite makes no NaN, though); two waits for the device in each
+            block that drops, and shapes that change from step to step, so that under `torch.compile` it is
+            ``"exact"``. None keeps what a block has been given before, which at first is ``"exact"``.
 
     Returns:
         A report; `print` it for a table.
 
     Raises:
         TypeError: if `model` is no `torch.nn.Module`.
-        ValueError: if no module even resembles what is looked for.
+        ValueError: if no module even resembles what is looked for; if a setting is none of those words.
     """
+    check_settings(recompute, drop_path)
     findings = _examine(model)
     if not findings:
         wanted = "; ".join(target.looks_for for target in TARGETS)
@@ -46,6 +60,14 @@ def accelerate(model: nn.Module) -> Report:
                 swap_class(finding.module, finding.target)
             except TypeError as error:  # a metaclass or __init_subclass__ that wants arguments, or __slots__
                 finding.reason = f"its class cannot be extended ({error})"
+        if finding.reason is None:
+            if isinstance(finding.target, FusedBlock):
+                set_up(finding.module, recompute, drop_path)
+            finding.target.arrived(finding.module)
+    for container in model.modules():
+        if isinstance(container, (nn.ModuleList, nn.Sequential)):
+            for row in _rows(container):
+                link(row)
     return _report(model, findings)
 
 
@@ -75,6 +97,17 @@ def restore(model: nn.Module) -> None:
     """
     for module in _checked(model).modules():
         unswap_class(module)
+
+
+def _rows(container: nn.Module) -> list[list[nn.Module]]:
+    """Children that follow one another and are fused blocks."""
+    rows: list[list[nn.Module]] = [[]]
+    for child in container.children():
+        if isinstance(target_of(child), FusedBlock):
+            rows[-1].append(child)
+        else:
+            rows.append([])
+    return [row for row in rows if row]
 
 
 @dataclass

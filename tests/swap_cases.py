@@ -67,7 +67,7 @@ def example(kind="image", dtype=torch.float64, batch=2):
 
 
 # What is swapped in the plain models of this file.
-ALL = {"", "unroll", "reroll", *(f"blocks.{i}.attn" for i in range(6))}
+ALL = {"", "unroll", "reroll", *(f"blocks.{i}{part}" for i in range(6) for part in ("", ".attn"))}
 
 
 def swapped(model):

@@ -1,6 +1,7 @@
 """How the modules of a model family map onto the ops, one file per family."""
 
 from hiera_kernels.adapters import (
+    hiera_block,
     hiera_embedding,
     hiera_transformer,
     sam2,
@@ -18,6 +19,7 @@ TARGETS: tuple[Target, ...] = (
     *sam2_timm.TARGETS,
     *sam2_transformers.TARGETS,
     *sam2.TARGETS,
+    *hiera_block.TARGETS,
     *hiera_transformer.TARGETS,
     *hiera_embedding.TARGETS,
 )

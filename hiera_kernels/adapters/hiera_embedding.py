@@ -8,11 +8,11 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch.nn.modules import module as torch_module
 
 from hiera_kernels.adapters.hiera_transformer import UNROLL
 from hiera_kernels.lookalike import Affine, Probe
 from hiera_kernels.ops.token_order import embed_tokens, unroll
+from hiera_kernels.plain_modules import is_heard
 from hiera_kernels.recognise import Target, refusal
 from hiera_kernels.reference import token_order
 from hiera_kernels.subclass import target_of
@@ -174,22 +174,11 @@ def _unroll_obstacle(module):
 
 def _unnoticed(module):
     """Whether fusing a submodule away changes nothing but time: it is ours, and no hook of it would be missed."""
-    return target_of(module) is not None and not _is_heard(module)
-
-
-def _is_heard(module):
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or torch_module._has_any_global_hook()
-    )
+    return target_of(module) is not None and not is_heard(module)
 
 
 def _noticed(module):
-    return "not while a hook listens to its `unroll`, as one does now" if _is_heard(module.unroll) else None
+    return "not while a hook listens to its `unroll`, as one does now" if is_heard(module.unroll) else None
 
 
 # What stands in for blocks, norm and head is not affine: affine maps commute with the mean over tokens, and a model
