@@ -1,4 +1,4 @@
-"""The real hiera-transformer and timm, as oracles for the tests.
+"""The real hiera-transformer, timm, transformers, sam2 and peft, as oracles for the tests.
 
 hiera-transformer 0.1.4 installs a top-level package named `hiera`, which is what this repository's reference model is
 called too. So it lives in a directory of its own, `.upstream/` (`make test` puts it there), and is loaded from it
@@ -16,6 +16,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import pytest
 import torch
 
 ALIAS = "hiera_upstream"
@@ -49,10 +50,26 @@ def torchvision_without_operators():
 
 def import_timm():
     """timm, imported once per process, whatever build of torch is installed."""
-    if "timm" not in sys.modules:
-        with torchvision_without_operators():
-            import timm  # noqa: F401
-    return sys.modules["timm"]
+    return load("timm")
+
+
+def load(name):
+    """The module `name` of timm, transformers, sam2 or peft, beside whatever build of torch and torchvision there is.
+
+    Where it is missing this raises, and the test fails: a parity test without its oracle has not passed. Only on a
+    machine with a GPU, which brings its own Python, is the test skipped.
+    """
+    if name not in sys.modules:
+        try:
+            with torchvision_without_operators():
+                # First: whoever wants it later, lazily, finds it loaded.
+                importlib.import_module("torchvision")
+                importlib.import_module(name)
+        except ImportError as error:
+            if not torch.cuda.is_available():
+                raise
+            pytest.skip(f"{name} is not to be had on this GPU machine ({error})")
+    return sys.modules[name]
 
 
 def load_upstream():
