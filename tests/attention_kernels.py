@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from tests import attention_oracle as oracle
+from tests import window_oracle
 
 
 def _tensor(array, like: torch.Tensor) -> torch.Tensor:
@@ -49,11 +50,26 @@ def oracle_kernels_on_cpu():
         calls.append(("q_pool_backward", tuple(x.shape), x.dtype))
         return _tensor(oracle.q_pool_backward(_array(grad_out), _array(x), stride, ties), x)
 
+    def window_attention(qkv, num_heads, window_size, q_stride, pad=None, scale=None):
+        calls.append(("window_attention", tuple(qkv.shape), qkv.dtype))
+        row = None if pad is None else _array(pad)
+        out = window_oracle.window_attention(_array(qkv), num_heads, window_size or None, q_stride or None, row, scale)
+        return _tensor(out, qkv)
+
+    def window_attention_backward(grad_out, qkv, pad, num_heads, window_size, q_stride, scale=None):
+        calls.append(("window_attention_backward", tuple(qkv.shape), qkv.dtype))
+        args = (num_heads, window_size or None, q_stride or None, None if pad is None else _array(pad), scale)
+        _, grad_qkv, grad_pad = window_oracle.window_attention(_array(qkv), *args, _array(grad_out))
+        dtype = torch.float64 if qkv.dtype is torch.float64 else torch.float32
+        return _tensor(grad_qkv, qkv), torch.from_numpy(grad_pad).to(dtype) if pad is not None else torch.empty(0)
+
     with torch.library._scoped_library("hiera_kernels", "IMPL") as library:
         library.impl("mask_unit_attention", attention, "CPU")
         library.impl("mask_unit_attention_backward", attention_backward, "CPU")
         library.impl("q_pool", q_pool, "CPU")
         library.impl("q_pool_backward", q_pool_backward, "CPU")
+        library.impl("window_attention", window_attention, "CPU")
+        library.impl("window_attention_backward", window_attention_backward, "CPU")
         torch._dynamo.reset()  # a compiled graph keeps the way that it was traced with
         try:
             yield calls

@@ -1,8 +1,8 @@
 """Attention in windows of a map from its definition, in NumPy fp64, gradients derived by hand.
 
 Nothing is shared with the package. Window by window, head by head: the tokens of a window are listed line by line,
-those beyond the map are the pad row; the derivatives are those written down in attention_oracle.py. What the gradient of a
-padded token would be is added to the pad row's.
+those beyond the map are the pad row; the derivatives are those written down in attention_oracle.py. What the gradient
+of a padded token would be is added to the pad row's.
 """
 
 import numpy as np
@@ -22,7 +22,7 @@ def _windows(map_h, map_w, window):
 
 
 def _pairs(size, whole):
-    if size in (None, 0):
+    if size in (None, 0, (0, 0)):
         return whole
     return (size, size) if isinstance(size, int) else tuple(size)
 

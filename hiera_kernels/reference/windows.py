@@ -44,7 +44,8 @@ def window_attention(
         x = window_unpartition(x, window_size // q_stride)[:, : Hs // q_stride, : Ws // q_stride]
 
     A pooled gradient goes to the first of equal maxima in row-major order, and of several NaN to the first (MaxPool2d:
-    the last).
+    the last). The queries of padded tokens are computed and cut off: their gradient of zero, times a NaN in an
+    overhanging window, may be NaN.
 
     Source: SAM 2 (arXiv 2408.00714); ``MultiScaleBlock`` and ``MultiScaleAttention`` in
     ``sam2/modeling/backbones/hieradet.py`` of sam2 1.1.0, between the qkv and the output Linear.
