@@ -1,10 +1,10 @@
 """Count a training step on tensors without data: every operation with its cost and place, and what autograd saves.
 
-Fake tensors claim to be on the CPU: a build of PyTorch without CUDA cannot differentiate fake CUDA tensors (the autograd
-engine asks the device for a stream). What would differ on a GPU is put right: `cuda_autocast` adds the operations that
-autocast runs in fp32 there, and `kernels_as_on_cuda` routes this package's ops as the kernels registered for CUDA would.
-Attention needs nothing: both devices send 4-D tensors to a fused kernel, and 5-D ones to the same chain of plain
-operations, which computes 16-bit inputs in fp32.
+Fake tensors claim to be on the CPU: a build of PyTorch without CUDA cannot differentiate fake CUDA tensors (the
+autograd engine asks the device for a stream). What would differ on a GPU is put right: `cuda_autocast` adds the
+operations that autocast runs in fp32 there, and `kernels_as_on_cuda` routes this package's ops as the kernels
+registered for CUDA would. Attention needs nothing: both devices send 4-D tensors to a fused kernel, and 5-D ones to the
+same chain of plain operations, which computes 16-bit inputs in fp32.
 """
 
 import contextlib
@@ -72,7 +72,7 @@ class _Seen(TorchDispatchMode):
         return out
 
     def _record(self, func, cost, name=None):
-        if cost.launches:
+        if cost.launches and self.phase is not None:
             block, kind = self.places.here()
             if self.phase == "optimizer":
                 block, kind = "optimizer", "optimizer"
@@ -248,16 +248,14 @@ def count(
         loss.backward()
         if optimizer:
             adam = torch.optim.AdamW(model.parameters(), fused=True)
-            # Its moments are made in the first step, which is not what is counted.
+            seen.phase = None  # its moments are made in the first step, which is not what is counted
             for parameter in model.parameters():
                 if parameter.grad is not None:
                     state = adam.state[parameter]
                     state["step"] = torch.zeros(())
                     state["exp_avg"], state["exp_avg_sq"] = (torch.empty_like(parameter) for _ in range(2))
             seen.phase = "optimizer"
-            before = len(step.ops)
             adam.step()
-            step.ops[before:] = [op for op in step.ops[before:] if "adam" in op[3] or op[4].bytes > 1000]
     return step
 
 

@@ -1,8 +1,8 @@
 """What a GPU can do, and how long it therefore takes: the model behind `benchmarks.roofline`.
 
-One kernel takes the longest of: its bytes at the bandwidth of a large copy, its FLOPs at the rate of a large product, and a
-floor for each launch (below about 2 us a GPU cannot start, drain and follow up kernels). A step takes the sum of its
-kernels, or, where the GPU waits for Python, as long as the host needs to issue them: kernels are queued, so the two
+One kernel takes the longest of: its bytes at the bandwidth of a large copy, its FLOPs at the rate of a large product,
+and a floor for each launch (below about 2 us a GPU cannot start, drain and follow up kernels). A step takes the sum of
+its kernels, or, where the GPU waits for Python, as long as the host needs to issue them: kernels are queued, so the two
 overlap and the longer one counts. A CUDA graph has no host time.
 """
 

@@ -1,8 +1,8 @@
 """What one operation moves, computes and launches on a GPU, from its arguments and results alone.
 
-The rule: an operation reads each tensor that it is given once and writes each one that it returns once, in one launch. The
-fused ops of this package are such operations, so the rule is also their floor. Where PyTorch's CUDA implementation is
-known to do otherwise there is an entry below. Libraries whose passes differ by version (flash attention, cuDNN) are
+The rule: an operation reads each tensor that it is given once and writes each one that it returns once, in one launch.
+The fused ops of this package are such operations, so the rule is also their floor. Where PyTorch's CUDA implementation
+is known to do otherwise there is an entry below. Libraries whose passes differ by version (flash attention, cuDNN) are
 counted by the rule, which flatters them, and so the rivals.
 
 A view costs nothing. Of an expanded tensor what it stores is counted. Caches are not: what one kernel leaves in L2 for

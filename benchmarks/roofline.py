@@ -4,9 +4,9 @@
     python -m benchmarks.roofline --model mae_hiera_base_224 --batch 256 --json out.json --plot out.png
     python -m benchmarks.roofline --predicted            # what the README shows, into benchmarks/results/predicted/
 
-The step runs on tensors without data (counting.py), each operation costs what its arguments and results say (op_costs.py),
-and a device turns costs into time (device_specs.py). Where benchmarks/results holds a measurement of the same case it is
-printed beside the prediction.
+The step runs on tensors without data (counting.py), each operation costs what its arguments and results say
+(op_costs.py), and a device turns costs into time (device_specs.py). Where benchmarks/results holds a measurement of the
+same case it is printed beside the prediction.
 """
 
 import argparse
@@ -179,19 +179,14 @@ def measured_like(row: dict, results: Path = RESULTS) -> dict | None:
     Returns:
         The row of model.json, with "machine" and "commit" of its file.
     """
+    wanted = {"mode": "eager", **{key: row[key] for key in ("case", "candidate", "dtype")}}
     for path in sorted(results.glob("*/model.json")):
         content = json.loads(path.read_text())
         about = content["environment"]
-        for other in content["results"]:
-            same = all(other.get(key) == row[key] for key in ("case", "candidate", "dtype"))
-            if (
-                same
-                and other["mode"] == "eager"
-                and other.get("ms")
-                and (other.get("settings") or {}) == row["settings"]
-            ):
-                if about.get("gpu"):
-                    return other | {"machine": about["gpu"], "commit": about["commit"]}
+        for other in content["results"] if about.get("gpu") else ():
+            same = all(other.get(key) == value for key, value in wanted.items())
+            if same and other.get("ms") and (other.get("settings") or {}) == row["settings"]:
+                return other | {"machine": about["gpu"], "commit": about["commit"]}
     return None
 
 
