@@ -288,7 +288,7 @@ def test_subclasses_of_the_whole_model(cls, kept):
     stock = copy.deepcopy(model)
     report = accelerate(model)
     assert ("" in [path for path, _ in report.replaced]) is kept
-    assert len(report.replaced) == 6 + kept
+    assert len(report.replaced) == 10 + kept
     assert_equal(step(model, example()), step(stock, example()))
 
 
