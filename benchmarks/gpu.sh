@@ -1,28 +1,18 @@
 #!/usr/bin/env bash
-# Parity, then speed, on one NVIDIA GPU: bash benchmarks/gpu.sh [OUT_DIR]
+# Parity, then speed, on one NVIDIA GPU: bash benchmarks/gpu.sh [OUT_DIR] [--dry-run]
 #
-# Needs torch >= 2.10 built for CUDA, nvcc, ninja, pytest and no network; uses the Python of the calling shell (PYTHON=...
-# names another). Numbers are written only if every GPU test was green, into OUT_DIR/<gpu>/ops.json.
+#   bash benchmarks/gpu.sh results-of-today          at most 8 files: gpu.log, summary.json, ops.json, model.json, ...
+#   BUDGET_S=540 ONLY=tests bash benchmarks/gpu.sh   one step: build|tests|sanitize|ops|model|convergence|tune
+#   bash benchmarks/gpu.sh --dry-run                 print every step and check that it could start; needs no GPU
+#
+# The default OUT_DIR is benchmarks/results/<machine>. Needs torch >= 2.11 built for CUDA, Triton >= 3.6, pytest, nvcc
+# and ninja, and no network; uses the Python of the calling shell (PYTHON=... names another). What it does, in which
+# order, and what stops what: benchmarks/gpu_run.py.
+#
+# Rivals of whole steps: hiera-transformer is looked for in .upstream/ (`make test` puts it there, 216 KB: carry that
+# folder along), timm where Python finds it. For SAM 2's encoders copy the packages sam2, hydra, omegaconf, iopath and
+# antlr4 (pure Python, 5 MB) from .venv/lib/python3.*/site-packages/ into .upstream/ too. What is missing is said so.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-out=${1:-benchmarks/results}
-python=${PYTHON:-python3}
-
-gpu=$("$python" - <<'PY'
-import sys
-try:
-    import torch
-except ImportError:
-    sys.exit("this Python has no torch; name one that has: PYTHON=... make gpu")
-if not torch.cuda.is_available():
-    sys.exit("torch sees no NVIDIA GPU here; everything that needs none is in `make test`")
-print(torch.cuda.get_device_name().lower().replace(" ", "-"))
-PY
-)
-
-echo "[1/3] build with CUDA for this machine"
-HIERA_KERNELS_CUDA=1 "$python" -m pip install --quiet --no-build-isolation --no-deps --editable .
-echo "[2/3] parity on $gpu"
-"$python" -m pytest -m gpu -p no:cacheprovider
-echo "[3/3] speed on $gpu"
-"$python" -m benchmarks.ops --device cuda --json "$out/$gpu/ops.json"
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}:$PWD/.upstream"
+exec "${PYTHON:-python3}" -m benchmarks.gpu_run ${BUDGET_S:+--budget "$BUDGET_S"} ${ONLY:+--only "$ONLY"} "$@"

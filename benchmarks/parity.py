@@ -1,8 +1,8 @@
 """No speed without parity: every candidate's results, at the very shape that is timed, against an fp64 oracle.
 
-What is allowed is counted in rounding steps of the dtype of the result: relative RMS error, and largest error relative
-to the largest value. A window, row or head that is wrong exceeds both by far; the finer law, error against the error of
-4-D SDPA, is in tests/test_attention_gpu.py.
+What is allowed is counted in rounding steps of the coarsest dtype among inputs and result: relative RMS error, and
+largest error relative to the largest value. A window, row or head that is wrong exceeds both by far; the finer law,
+error against the error of 4-D SDPA, is in tests/test_attention_gpu.py.
 """
 
 from collections.abc import Sequence
@@ -29,13 +29,20 @@ def poison(like: Sequence[torch.Tensor]) -> None:
             torch.empty_like(x).fill_(float("nan"))
 
 
-def judge(got: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], exact: bool = False, tf32: bool = False) -> str:
+def judge(
+    got: Sequence[torch.Tensor],
+    wanted: Sequence[torch.Tensor],
+    narrowest: torch.dtype = torch.float64,
+    exact: bool = False,
+    tf32: bool = False,
+) -> str:
     """ "green", or "red: " and why.
 
     Args:
         got: Results of a candidate.
         wanted: The same in fp64.
-        exact: Nothing is computed, so not a bit may differ.
+        narrowest: The coarsest dtype among the inputs.
+        exact: Nothing is computed, or rounded once, so not a bit may differ.
         tf32: Products of fp32 were made by TF32.
     """
     if len(got) != len(wanted):
@@ -43,20 +50,19 @@ def judge(got: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], exact: bo
     for i, (ours, truth) in enumerate(zip(got, wanted, strict=True)):
         if ours.shape != truth.shape:
             return f"red: result {i} has shape {tuple(ours.shape)}, {tuple(truth.shape)} wanted"
-        if reason := _difference(ours, truth, exact, tf32):
+        if reason := _difference(ours, truth, narrowest, exact, tf32):
             return f"red: result {i}: {reason}"
     return GREEN
 
 
-def _difference(ours: torch.Tensor, truth: torch.Tensor, exact: bool, tf32: bool) -> str | None:
+def _difference(ours, truth, narrowest, exact, tf32) -> str | None:
     if truth.numel() == 0:
         return None
-    dtype = ours.dtype
-    ours = ours.detach().to(torch.float64)
-    truth = truth.detach().to(torch.float64)
+    dtype = max(ours.dtype, narrowest, key=lambda d: torch.finfo(d).eps)
     if exact:
-        differing = int((ours != truth).sum())
+        differing = int((ours != truth.to(ours.dtype)).sum())
         return f"{differing} elements differ" if differing else None
+    ours, truth = ours.detach().double(), truth.detach().double()
     apart = (ours - truth).abs_()
     if not bool(torch.isfinite(apart).all()):
         return "NaN or infinite where the oracle is finite"
@@ -68,7 +74,6 @@ def _difference(ours: torch.Tensor, truth: torch.Tensor, exact: bool, tf32: bool
         return f"RMS error {rms / max(norm, 1e-300):.1e} of the oracle's, {rms_allowed * step:.1e} allowed"
     top = float(truth.abs().max())
     if largest > largest_allowed * step * top:
-        return (
-            f"largest error {largest / max(top, 1e-300):.1e} of the largest value, {largest_allowed * step:.1e} allowed"
-        )
+        allowed = largest_allowed * step
+        return f"largest error {largest / max(top, 1e-300):.1e} of the largest value, {allowed:.1e} allowed"
     return None

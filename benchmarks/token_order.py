@@ -175,7 +175,7 @@ def embed_trial(shape: TokenShape, channels_last: bool, masked: bool, device: to
     example, position, keep = make()
     out = example.numel() if keep is None else shape.batch * keep.shape[1] * unit * shape.channels
     backward = out * 4 + example.numel() * example.element_size() + position.numel() * 4
-    return Trial(make, candidates, oracle, {"forward": moved, "backward": backward})
+    return Trial(make, candidates, oracle, {"forward": moved, "backward": backward}, exact=True)
 
 
 def cases(op: str, device: torch.device, options) -> list[Case]:

@@ -24,7 +24,7 @@ class Trial:
         candidates: Functions of the inputs, ours first; each returns a tensor or a tuple of them.
         oracle: The same function in plain PyTorch, shared with no candidate; it is given fp64 inputs.
         bytes: What has to move at least, in a `forward`, and in a `backward` where there is one.
-        exact: Nothing is computed, so not a bit may differ in the forward.
+        exact: Nothing is computed in the forward, or rounded once: not a bit may differ.
         per_sample: Every image of every input and result is independent of the others: the oracle sees the first and
             the last only.
         probe: Makes the inputs that are compared instead of `make`'s, where rounding decides between two right answers.
@@ -69,6 +69,12 @@ def leaves_of(inputs: tuple) -> list[torch.Tensor]:
     return [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
 
 
+def narrowest(inputs: tuple) -> torch.dtype:
+    """The dtype with the coarsest steps among the inputs."""
+    dtypes = [x.dtype for x in inputs if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
 def differentiable(outputs: list[torch.Tensor]) -> list[torch.Tensor]:
     """The results that a gradient can come from."""
     return [x for x in outputs if x.requires_grad]
@@ -97,7 +103,10 @@ def verdicts(trial: Trial, passes: tuple[str, ...]) -> dict[str, dict[str, tuple
             parity.poison(truth if not trial.per_sample else [])
             with torch.no_grad():
                 got = parity.flat(function(*inputs))
-            found[name]["forward"] = (parity.judge(_seen(trial, got), truth, trial.exact, trial.tf32), None)
+            found[name]["forward"] = (
+                parity.judge(_seen(trial, got), truth, narrowest(inputs), trial.exact, trial.tf32),
+                None,
+            )
             del got
         except Exception as error:
             found[name]["forward"] = ("not compared", first_line(error))
@@ -109,7 +118,7 @@ def verdicts(trial: Trial, passes: tuple[str, ...]) -> dict[str, dict[str, tuple
             parity.poison(leaves)
             gave = [g.to(x.dtype) for g, x in zip(grads, outputs, strict=True)]
             got = torch.autograd.grad(outputs, leaves, gave)
-            verdict = parity.judge(_seen(trial, got), truth_grads, tf32=trial.tf32)
+            verdict = parity.judge(_seen(trial, got), truth_grads, narrowest(inputs), tf32=trial.tf32)
             found[name]["backward"] = (verdict, None)
             del outputs, got, gave
         except Exception as error:
@@ -135,8 +144,7 @@ def _oracle(trial: Trial, inputs: tuple, wants_grad: bool):
     if not wants_grad:
         return truth, None, None
     batch = next(x.shape[0] for x in inputs if isinstance(x, torch.Tensor))
-    dtypes = [x.dtype for x in inputs if isinstance(x, torch.Tensor) and x.is_floating_point()]
-    dtype = min(dtypes, key=lambda d: d.itemsize)
+    dtype = narrowest(inputs)
     outputs, grads = differentiable(outputs), []
     for x in outputs:
         # Numbers that every result's dtype holds exactly, so that all candidates start from the same.
