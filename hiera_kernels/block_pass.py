@@ -38,12 +38,11 @@ def _forward(target: FusedBlock, block: nn.Module, plan: Plan, x: torch.Tensor) 
     total, normed = _joined(parts.norm2, shortcut, branch, layer_scale, drop_scale, rider, layers is not None)
     del branch, shortcut, x
     following = _following(plan, block, total, normed)
-    rides = following is not None and _is_worth_riding(plan, parts, total)
-    branch, rider = feed_forward(parts, layers, normed, plan.recompute != "none", rides)
+    branch = feed_forward(parts, layers, normed, plan.recompute != "none")
     branch, layer_scale, drop_scale = scales(target, plan, parts.scale2, parts.drop2, branch)
     if following is None or branch.shape != total.shape or norm_refusal(total, branch) is not None:
         return summed(total, branch, layer_scale, drop_scale)
-    return hand_over.leave(total, branch, drop_scale, layer_scale, rider, *following)
+    return hand_over.leave(total, branch, layer_scale, drop_scale, *following)
 
 
 # ---- LayerNorm ----
@@ -65,6 +64,8 @@ def first_norm(norm: nn.Module, x: torch.Tensor, read: bool) -> tuple[torch.Tens
 def _joined(norm, x, branch, layer_scale, drop_scale, rider, read) -> tuple[torch.Tensor, Normed]:
     """The residual sum, and its LayerNorm."""
     if branch.shape != x.shape or not _is_joined(norm, x):
+        if rider is not None:  # a branch that broadcasts
+            branch = hand_over.carried(branch, rider)
         total = summed(x, branch, layer_scale, drop_scale)
         return total, Normed(_called(norm, total))
     dtype = branch.dtype if layer_scale is None else torch.promote_types(branch.dtype, layer_scale.dtype)
@@ -107,7 +108,7 @@ def _dtype_of_normed(dtype: torch.dtype, device_type: str, read: bool) -> torch.
     return {"cuda": torch.float32, "cpu": dtype}.get(device_type)
 
 
-# ---- branches: each returns the bias that waits for its gradient, if one does ----
+# ---- branches ----
 
 
 def reads_norm1(parts: Parts) -> bool:
@@ -123,11 +124,11 @@ def reads_attention(parts: Parts) -> bool:
 
 
 def attention(target: FusedBlock, block: nn.Module, parts: Parts, normed: Normed, rides: bool):
-    """The branch of attention, from norm1's output."""
+    """The branch of attention, from norm1's output, and the bias that waits for its gradient, if it `rides`."""
     if not reads_attention(parts):
         return target.attend(block, normed.tokens), None
     qkv, proj = parts.qkv, parts.proj
-    bias, rider = _riding(qkv.bias, rides and target.rides(block, normed.tokens))
+    bias, rider = _riding(qkv.bias, normed.mean is not None)
     out = target.core(block, normed.linear(qkv.weight, bias), rider)
     bias, rider = _riding(proj.bias, rides)
     return F.linear(out, proj.weight, bias), rider
@@ -144,14 +145,13 @@ def mlp_layers(target: FusedBlock, plan: Plan, parts: Parts) -> MlpLayers | None
     return layers if read else None
 
 
-def feed_forward(parts: Parts, layers: MlpLayers | None, normed: Normed, recompute: bool, rides: bool):
+def feed_forward(parts: Parts, layers: MlpLayers | None, normed: Normed, recompute: bool) -> torch.Tensor:
     """The branch of the MLP, from norm2's output."""
     if layers is None:
-        return parts.mlp(normed.tokens), None
+        return parts.mlp(normed.tokens)
     bias, hidden_bias = _riding(layers.fc1.bias, normed.mean is not None)
     hidden = normed.linear(layers.fc1.weight, bias)
-    bias, rider = _riding(layers.fc2.bias, rides)
-    return gelu_linear(hidden, layers.fc2.weight, bias, recompute, hidden_bias), rider
+    return gelu_linear(hidden, layers.fc2.weight, layers.fc2.bias, recompute, hidden_bias)
 
 
 def _riding(bias, rides):
@@ -224,14 +224,6 @@ def _following(plan: Plan, block: nn.Module, total: torch.Tensor, normed: Normed
     parts = target.parts(follower)
     dtype = _normed_dtype(parts.norm1, total, reads_norm1(parts))
     return (parts.norm1, dtype) if dtype is not None and hand_over.is_possible(total, parts.norm1) else None
-
-
-def _is_worth_riding(plan, parts, total) -> bool:
-    """Whether the last residual makes a pass over the branch's gradient anyway: it is scaled, or cast."""
-    if not reads_scales(plan, parts.scale2, parts.drop2):
-        return False
-    cast = torch.is_autocast_enabled(total.device.type) and total.dtype is torch.float32
-    return cast or not _is_nothing(parts.scale2) or (not _is_nothing(parts.drop2) and parts.drop2.training)
 
 
 def _is_transformed() -> bool:

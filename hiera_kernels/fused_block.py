@@ -19,14 +19,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hiera_kernels import hand_over
 from hiera_kernels.block_classes import DROP_PATH, LAYER_SCALE, MLP, known_class, timm_drop_scale
 from hiera_kernels.block_plan import ATTRIBUTE, plan_of
 from hiera_kernels.ops import calling
+from hiera_kernels.ops.attention import mask_unit_attention
+from hiera_kernels.ops.attention import refusal as attention_refusal
 from hiera_kernels.ops.normed_linear import linear_of_normed
 from hiera_kernels.ops.pooling import q_pool
 from hiera_kernels.ops.shortcut import linear_q_pool
 from hiera_kernels.plain_modules import is_erf_gelu, is_readable_linear
 from hiera_kernels.recognise import Target
+
+_ATTENTION = torch.ops.hiera_kernels.mask_unit_attention.default
 
 
 class Parts(NamedTuple):
@@ -88,6 +93,23 @@ class Normed(NamedTuple):
         return q_pool(layer(self.tokens), stride, ties)
 
 
+def attended(
+    qkv: torch.Tensor,
+    bias: torch.Tensor | None,
+    num_heads: int,
+    num_windows: int,
+    q_stride: int,
+    scale: float | None = None,
+    ties: str = "first",
+) -> torch.Tensor:
+    """`mask_unit_attention`, for the `core` of a block: with the gradient of `bias`, which `qkv` holds already."""
+    if bias is None:
+        return mask_unit_attention(qkv, num_heads, num_windows, q_stride, scale, ties)
+    if attention_refusal(qkv, num_heads, num_windows, q_stride) is None and not calling.autocast_dtype(qkv):
+        return _ATTENTION(qkv, num_heads, num_windows, q_stride, scale, ties, bias)[0]
+    return mask_unit_attention(hand_over.carried(qkv, bias), num_heads, num_windows, q_stride, scale, ties)
+
+
 class FusedBlock(Target):
     """What an adapter of a family's block says, besides what every target says (`resembles`, `obstacle`, `probes`).
 
@@ -115,15 +137,10 @@ class FusedBlock(Target):
     def core(block: nn.Module, qkv: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """What lies between `qkv` and `proj`; `qkv` [B, ..., 3*C'] -> [B, ..., C'].
 
-        `bias` is not None where `qkv` was made with it detached: it has to receive its gradient from here, as
-        `mask_unit_attention(..., bias=)` gives it. Never so where `rides` is false.
+        `bias` [3*C'] is not None where `qkv` was made with it detached, and is to receive its gradient from here: by
+        an op that takes it, or else by `hand_over.carried(qkv, bias)`, which takes the place of `qkv`.
         """
         raise NotImplementedError
-
-    @staticmethod
-    def rides(block: nn.Module, x: torch.Tensor) -> bool:
-        """Whether `core` gives the bias of the qkv layer its gradient without a pass of its own, for such an `x`."""
-        return False
 
     @staticmethod
     def shortcut(block: nn.Module, x: torch.Tensor, normed: Normed) -> torch.Tensor:

@@ -5,11 +5,12 @@ it, a hook sees it, it may be kept, changed in place, or never given to the next
 and its LayerNorm; the block returns the sum alone and leaves a note of the rest in a slot of its thread. The next block
 takes the note, and believes it if it is called with that very tensor, unchanged, and has those very parameters,
 unchanged. Else it makes its own LayerNorm. In autograd's graph nothing crosses the boundary: the sum is a node of the
-first block, the LayerNorm one of the second, as in plain PyTorch. What that costs beside one node for both is a read of
-the gradient.
+first block, the LayerNorm one of the second, as in plain PyTorch. What that costs beside one node for both is a read
+of the gradient.
 
-Only for eager code outside inference mode (whose tensors have no version to tell a change by) and outside saved-tensor
-hooks (activation checkpointing, offloading).
+The nodes keep the same tensors with a note and without one, so that a forward that activation checkpointing runs again,
+where there is no note, keeps what the first run kept. Only for eager code outside inference mode (whose tensors have no
+version to tell a change by).
 """
 
 import threading
@@ -20,7 +21,8 @@ import torch
 from torch import nn
 
 from hiera_kernels.ops import calling
-from hiera_kernels.ops.layer_norm_library import OP, OP_BACKWARD, shared_gradient
+from hiera_kernels.ops.layer_norm_library import OP, OP_BACKWARD
+from hiera_kernels.reference.layer_norm import accumulator
 
 
 class Found(NamedTuple):
@@ -65,7 +67,6 @@ def is_possible(x: torch.Tensor, norm: nn.LayerNorm) -> bool:
         and not norm.weight.is_inference()
         and not torch.is_inference_mode_enabled()
         and norm.weight.device == x.device
-        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
     )
 
 
@@ -85,9 +86,8 @@ def enter(x: torch.Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> tuple[torc
 def leave(
     x: torch.Tensor,
     branch: torch.Tensor,
-    drop_scale: torch.Tensor | None,
     layer_scale: torch.Tensor | None,
-    branch_bias: torch.Tensor | None,
+    drop_scale: torch.Tensor | None,
     norm: nn.LayerNorm,
     dtype: torch.dtype,
 ) -> torch.Tensor:
@@ -95,8 +95,8 @@ def leave(
 
     Arguments and the result as the first of :func:`hiera_kernels.add_layer_norm`, of which this is a part.
     """
-    args = (x, branch, layer_scale, branch_bias, drop_scale, norm.weight, norm.bias, norm.eps, dtype)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:4]):
+    args = (x, branch, layer_scale, drop_scale, norm, dtype)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:3]):
         made: list[torch.Tensor] = []
         total = _Leave.apply(*args, made)
     else:
@@ -120,9 +120,9 @@ def _normalized(x, weight, bias, eps, dtype) -> Found:
         return Found(*OP(x, None, weight, bias, eps, None, None, dtype)[1:])
 
 
-def _summed(x, branch, layer_scale, branch_bias, drop_scale, weight, bias, eps, dtype):
+def _summed(x, branch, layer_scale, drop_scale, norm, dtype):
     with calling.below_autograd():
-        return OP(x, branch, weight, bias, eps, drop_scale, layer_scale, dtype)
+        return OP(x, branch, norm.weight, norm.bias, norm.eps, drop_scale, layer_scale, dtype)
 
 
 def _backward(*args):
@@ -130,6 +130,25 @@ def _backward(*args):
         return OP_BACKWARD(*args)
     with calling.below_autograd():
         return OP_BACKWARD(*args)
+
+
+def carried(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """`x` [..., C], which holds `bias` [C] already, with a gradient for `bias`: the sum over all rows.
+
+    Equivalent to: ``x + bias - bias.detach()``, without a pass over `x`.
+    """
+    return _Carried.apply(x, bias)
+
+
+class _Carried(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias):
+        ctx.dtype = bias.dtype
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, grad.flatten(0, -2).sum(0).to(ctx.dtype) if ctx.needs_input_grad[1] else None
 
 
 class _Enter(torch.autograd.Function):
@@ -164,30 +183,36 @@ class _Leave(torch.autograd.Function):
     """The residual sum; `made` receives its LayerNorm, which is no function of anything yet."""
 
     @staticmethod
-    def forward(ctx, x, branch, layer_scale, branch_bias, drop_scale, weight, bias, eps, dtype, made):
-        total, *rest = _summed(x, branch, layer_scale, branch_bias, drop_scale, weight, bias, eps, dtype)
+    def forward(ctx, x, branch, layer_scale, drop_scale, norm, dtype, made):
+        total, *rest = _summed(x, branch, layer_scale, drop_scale, norm, dtype)
         made += rest
-        _, mean, rstd = rest
-        kept = branch if ctx.needs_input_grad[2] else None
-        ctx.save_for_backward(total, mean, rstd, kept, drop_scale, layer_scale)
-        ctx.dtypes = [None if t is None else t.dtype for t in (x, branch, layer_scale, branch_bias)]
+        ctx.save_for_backward(branch if ctx.needs_input_grad[2] else None, layer_scale, drop_scale)
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, branch, layer_scale)]
         return total
 
     @staticmethod
     def backward(ctx, grad):
-        total, mean, rstd, branch, drop_scale, layer_scale = ctx.saved_tensors
-        to_x, to_branch, to_layer_scale, to_bias = ctx.needs_input_grad[:4]
-        x_dtype, branch_dtype, *channel_dtypes = ctx.dtypes
-        grad_branch, rows = grad, iter(())
-        shared = shared_gradient(x_dtype, branch_dtype, drop_scale, layer_scale)
-        if to_bias or to_layer_scale or (to_branch and not shared):
-            wanted = [False, to_branch and not shared, False, False, to_layer_scale, to_bias]
-            arguments = (total, mean, rstd, None, branch, drop_scale, layer_scale, x_dtype, branch_dtype, wanted)
-            _, made, channels = _backward(grad, None, *arguments)
-            grad_branch, rows = grad if shared else made, iter(channels)
-        sums = [
-            next(rows).to(dtype) if asked else None
-            for asked, dtype in zip((to_layer_scale, to_bias), channel_dtypes, strict=True)
-        ]
-        grad_x = grad.to(x_dtype) if to_x else None
-        return grad_x, grad_branch if to_branch else None, *sums, *[None] * 6
+        branch, layer_scale, drop_scale = ctx.saved_tensors
+        x_dtype, branch_dtype, layer_scale_dtype = ctx.dtypes
+        factor = None if drop_scale is None else drop_scale.view(-1, *[1] * (grad.ndim - 1))
+        to_x, to_branch, to_layer_scale = ctx.needs_input_grad[:3]
+        grad_branch = grad_layer_scale = None
+        if to_layer_scale:
+            kept = branch if factor is None else branch * factor
+            grad_layer_scale = (grad * kept).flatten(0, -2).sum(0, dtype=accumulator(grad.dtype)).to(layer_scale_dtype)
+        if to_branch:
+            factors = [each for each in (layer_scale, factor) if each is not None]
+            grad_branch = _scaled(grad, factors, branch_dtype)
+        return grad.to(x_dtype) if to_x else None, grad_branch, grad_layer_scale, *[None] * 4
+
+
+def _scaled(grad, factors, dtype):
+    """`grad` times the factors, in `dtype`; the last product is cast as it is written."""
+    *first, last = factors or [None]
+    for factor in first:
+        grad = grad * factor
+    if last is None:
+        return grad.to(dtype)
+    if torch.is_grad_enabled() or calling.transformed():
+        return (grad * last).to(dtype)
+    return torch.mul(grad, last, out=grad.new_empty(grad.shape, dtype=dtype))

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from hiera_kernels.block_pass import run
-from hiera_kernels.fused_block import FusedBlock, Parts
+from hiera_kernels.fused_block import FusedBlock, Parts, attended
 from hiera_kernels.lookalike import Affine, Probe
-from hiera_kernels.ops.attention import mask_unit_attention
 
 
 class Block(FusedBlock):
@@ -88,7 +87,7 @@ class Block(FusedBlock):
         """Mask-unit attention; qkv [B, N, 3*C'] -> [B, N/q_stride, C']."""
         attn = block.attn
         windows = qkv.shape[1] // (attn.q_stride * attn.window_size) if attn.use_mask_unit_attn else 1
-        return mask_unit_attention(qkv, attn.heads, windows, attn.q_stride)
+        return attended(qkv, bias, attn.heads, windows, attn.q_stride)
 
     @staticmethod
     def shortcut(block, x, normed):
