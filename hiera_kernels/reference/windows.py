@@ -82,10 +82,12 @@ def complete(qkv: torch.Tensor, window_h: int, window_w: int, pad: torch.Tensor 
     """qkv [B, Hs, Ws, X] -> [B, Hp, Wp, X], whole windows, completed with ``pad`` [X]; qkv itself if it is whole."""
     batch, map_h, map_w, width = qkv.shape
     pad = qkv.new_zeros(width) if pad is None else pad
-    if map_w % window_w != 0:
-        qkv = torch.cat([qkv, pad.expand(batch, map_h, -map_w % window_w, width)], 2)
-    if map_h % window_h != 0:
-        qkv = torch.cat([qkv, pad.expand(batch, -map_h % window_h, qkv.shape[2], width)], 1)
+    # Sizes as multiples of the window: with symbolic ones, what reshapes ask of them need not be proved.
+    whole_h, whole_w = windows(map_h, window_h) * window_h, windows(map_w, window_w) * window_w
+    if whole_w != map_w:
+        qkv = torch.cat([qkv, pad.expand(batch, map_h, whole_w - map_w, width)], 2)
+    if whole_h != map_h:
+        qkv = torch.cat([qkv, pad.expand(batch, whole_h - map_h, whole_w, width)], 1)
     return qkv
 
 
