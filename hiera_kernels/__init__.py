@@ -1,8 +1,8 @@
 """Fused kernels for Hiera vision transformers; `accelerate(model)` swaps them into a model that exists already.
 
-The swap: `accelerate`, `restore`, `explain`, `disabled`, `check`. The ops: `mask_unit_attention`, `window_attention`,
-`q_pool`, `unroll`, `reroll`, `reroll_masked`, `embed_tokens`, `add_layer_norm`; `reference` holds each of them as a
-plain PyTorch function.
+The swap: `accelerate`, `restore`, `explain`, `disabled`, `check`, `warmup`. The ops: `mask_unit_attention`,
+`window_attention`, `q_pool`, `linear_q_pool`, `add_layer_norm`, `gelu`, `mlp`, `unroll`, `reroll`, `reroll_masked`,
+`embed_tokens`; `reference` holds each of them as a plain PyTorch function.
 """
 
 from hiera_kernels import kernels, reference  # noqa: F401  (importing the kernels registers them)
@@ -21,12 +21,14 @@ from hiera_kernels.ops import (
     unroll,
     window_attention,
 )
+from hiera_kernels.precompile import Warmup, warmup
 from hiera_kernels.report import Report
 from hiera_kernels.swap import accelerate, explain, restore
 
 __all__ = [
     "Comparison",
     "Report",
+    "Warmup",
     "accelerate",
     "add_layer_norm",
     "check",
@@ -43,5 +45,6 @@ __all__ = [
     "reroll_masked",
     "restore",
     "unroll",
+    "warmup",
     "window_attention",
 ]

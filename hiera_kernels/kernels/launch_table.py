@@ -5,6 +5,8 @@ while a model runs: a kernel is compiled once for each configuration.
 """
 
 import contextlib
+import contextvars
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -38,10 +40,28 @@ class Launch(NamedTuple):
     num_stages: int
 
     def run(self) -> None:
-        """Launch it on the current stream of the current device."""
+        """Launch it on the current stream of the current device; inside `noted`, note it instead."""
+        notes = _notes.get()
+        if notes is not None:
+            notes.append(self)
+            return
         self.kernel[(self.grid,)](
             **self.arguments, **self.constexprs, num_warps=self.num_warps, num_stages=self.num_stages
         )
+
+
+# Where `Launch.run` of this thread writes to instead of launching, inside `noted`.
+_notes: contextvars.ContextVar[list[Launch] | None] = contextvars.ContextVar("notes", default=None)
+
+
+@contextlib.contextmanager
+def noted(notes: list[Launch]) -> Iterator[None]:
+    """Inside, launches of this thread are appended to `notes` and not made, so that tensors need not have data."""
+    token = _notes.set(notes)
+    try:
+        yield
+    finally:
+        _notes.reset(token)
 
 
 # (direction, S, K, D, bits of the dtype, major compute capability) -> fields of Tiles to replace.
@@ -128,4 +148,4 @@ def _long(direction: str, S: int, P: int, D: int, capability: tuple[int, int]) -
 
 def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device: make it the one of `x`."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    return torch.cuda.device(x.device) if x.is_cuda and _notes.get() is None else contextlib.nullcontext()
