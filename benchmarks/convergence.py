@@ -33,6 +33,13 @@ from examples.demo import collect_photographs
 from hiera.config import Config
 from hiera.run import Run
 
+COLOURS = {
+    "stock": "#333333",
+    "one ulp": "#8a8a8a",
+    "folded": "#6f9fd8",
+    "compiled": "#c9a227",
+    "accelerated": "#d1495b",
+}
 # Accelerated is one draw from the distribution whose spread a few doubles estimate: so much further it may be.
 FURTHER = 2.0
 # Losses are fp32 numbers: a distance below two of their steps says nothing.
@@ -119,11 +126,13 @@ def draw(path: Path, results: list[dict]) -> None:
         top, bottom = axes[:, column]
         stock = torch.tensor(result["losses"]["stock"])
         for name, values in result["losses"].items():
-            width = 2.0 if name == "accelerated" else 1.0
-            top.plot(values, label=name, linewidth=width, zorder=3 if name == "accelerated" else 2)
+            # Accelerated below and wide, so that whatever lies on top of it can be seen too.
+            last = name == "accelerated"
+            how = {"label": name, "color": COLOURS[name], "linewidth": 2.5 if last else 0.9, "zorder": 1 if last else 2}
+            top.plot(values, **how)
             if name != "stock":
                 apart = ((torch.tensor(values) - stock).abs() / stock.abs()).clamp_min(1e-9)
-                bottom.semilogy(apart, label=name, linewidth=width)
+                bottom.semilogy(apart, **how)
         verdict = "alike" if result["ok"] else "NOT ALIKE"
         top.set_title(f"{result['objective']}, {result['precision']}: {verdict}")
         top.set_ylabel("loss")
