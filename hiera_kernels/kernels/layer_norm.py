@@ -15,33 +15,30 @@ import triton.language as tl
 from hiera_kernels.kernels.launch_table import Launch, on_device
 from hiera_kernels.kernels.tile_access import columns, load_rows, rows, store_rows
 
+PER_THREAD = 16
+# So many that reading weight and bias once for each program is a few hundredths of the traffic.
 ROWS_PER_PROGRAM = 32
-# Where there are few rows, as many programs as are two for each SM of an H100.
-FEW_PROGRAMS = 264
+SMS = 132  # of an H100
 
 
 @triton.jit
-def load_channels(p_vector, START: tl.constexpr, LENGTH: tl.constexpr, C: tl.constexpr):
-    """[1, LENGTH] of a vector of C, in fp32; zero beyond."""
-    o_c = columns(START, LENGTH, 1)
-    return tl.load(p_vector + o_c, mask=o_c < C, other=0.0).to(tl.float32)
+def load_channels(p_vector, BLOCK_R: tl.constexpr, START: tl.constexpr, LENGTH: tl.constexpr, C: tl.constexpr):
+    """[BLOCK_R, LENGTH] of a vector of C, the same in each row, in fp32; zero beyond. 1.0 without a vector.
+
+    As many pointers as a tile has: Triton would otherwise spread a row over all threads, and move every tile that meets
+    it through shared memory to that layout.
+    """
+    if p_vector is None:
+        return 1.0
+    else:
+        o_c = tl.zeros([BLOCK_R, 1], tl.int32) + columns(START, LENGTH, 1)
+        return tl.load(p_vector + o_c, mask=o_c < C, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_drop(p_drop, i_row, m_row, rows_per_sample):
     """[BLOCK_R, 1]: drop_scale of the rows' samples, in fp32."""
     return tl.load(p_drop + i_row // rows_per_sample, mask=m_row, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _residual(b_x, b_branch, b_drop, p_layer, DROP: tl.constexpr, START: tl.constexpr, C: tl.constexpr):
-    """x + branch * layer_scale * drop_scale, in fp32."""
-    b_branch = b_branch.to(tl.float32)
-    if p_layer is not None:
-        b_branch *= load_channels(p_layer, START, b_branch.shape[1], C)
-    if DROP:
-        b_branch *= b_drop
-    return b_x.to(tl.float32) + b_branch
 
 
 @triton.jit
@@ -53,23 +50,20 @@ def _deviation(b_sum, b_mean, START: tl.constexpr, C: tl.constexpr):
     return b_deviation
 
 
-@triton.jit
-def _affine(b_deviation, b_rstd, p_weight, p_bias, START: tl.constexpr, C: tl.constexpr):
-    """What LayerNorm writes, in fp32: the same arithmetic in the forward and when it is made again."""
-    b_normed = b_deviation * b_rstd
-    if p_weight is not None:
-        b_normed *= load_channels(p_weight, START, b_deviation.shape[1], C)
-    if p_bias is not None:
-        b_normed += load_channels(p_bias, START, b_deviation.shape[1], C)
-    return b_normed
-
-
 @triton.jit(do_not_specialize=["num_rows", "rows_per_sample", "rounds"])
 def _forward_kernel(
     p_x, p_branch, p_weight, p_bias, p_drop, p_layer, p_sum, p_normed, p_mean, p_rstd,
     num_rows, rows_per_sample, rounds, eps,
     C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
+    # [BLOCK_R, C0], [BLOCK_R, C1]
+    b_weight0 = load_channels(p_weight, BLOCK_R, 0, C0, C)
+    b_bias0 = 0.0 if p_bias is None else load_channels(p_bias, BLOCK_R, 0, C0, C)
+    b_layer0 = load_channels(p_layer, BLOCK_R, 0, C0, C)
+    if C1 > 0:
+        b_weight1 = load_channels(p_weight, BLOCK_R, C0, C1, C)
+        b_bias1 = 0.0 if p_bias is None else load_channels(p_bias, BLOCK_R, C0, C1, C)
+        b_layer1 = load_channels(p_layer, BLOCK_R, C0, C1, C)
     for i_round in range(rounds):
         # [BLOCK_R, 1], 64 bits: a batch may have more than 2^31 numbers
         i_row = (tl.program_id(0).to(tl.int64) * rounds + i_round) * BLOCK_R + rows(0, BLOCK_R, 1)
@@ -87,10 +81,11 @@ def _forward_kernel(
             if p_drop is not None:
                 b_drop = load_drop(p_drop, i_row, m_row, rows_per_sample)
             # Rounded as it is kept: backward, and whoever reads the sum, must find the same mean in it.
-            b_sum0 = _residual(b_sum0, b_branch0, b_drop, p_layer, p_drop is not None, 0, C).to(p_sum.dtype.element_ty)
+            b_sum0 = b_sum0.to(tl.float32) + b_branch0.to(tl.float32) * b_layer0 * b_drop
+            b_sum0 = b_sum0.to(p_sum.dtype.element_ty)
             store_rows(p_sum, i_row * C, m_row, b_sum0, 0, C0, C, 1)
             if C1 > 0:
-                b_sum1 = _residual(b_sum1, b_branch1, b_drop, p_layer, p_drop is not None, C0, C)
+                b_sum1 = b_sum1.to(tl.float32) + b_branch1.to(tl.float32) * b_layer1 * b_drop
                 b_sum1 = b_sum1.to(p_sum.dtype.element_ty)
                 store_rows(p_sum, i_row * C, m_row, b_sum1, C0, C1, C, 1)
         # [BLOCK_R, 1]
@@ -107,9 +102,9 @@ def _forward_kernel(
         b_rstd = tl.rsqrt(b_variance / C + eps)
         tl.store(p_mean + i_row, b_mean, mask=m_row)
         tl.store(p_rstd + i_row, b_rstd, mask=m_row)
-        store_rows(p_normed, i_row * C, m_row, _affine(b_sum0, b_rstd, p_weight, p_bias, 0, C), 0, C0, C, 1)
+        store_rows(p_normed, i_row * C, m_row, b_sum0 * b_rstd * b_weight0 + b_bias0, 0, C0, C, 1)
         if C1 > 0:
-            store_rows(p_normed, i_row * C, m_row, _affine(b_sum1, b_rstd, p_weight, p_bias, C0, C), C0, C1, C, 1)
+            store_rows(p_normed, i_row * C, m_row, b_sum1 * b_rstd * b_weight1 + b_bias1, C0, C1, C, 1)
 
 
 @triton.jit(do_not_specialize=["num_rows", "rounds"])
@@ -117,6 +112,12 @@ def _normalize_kernel(
     p_sum, p_mean, p_rstd, p_weight, p_bias, p_normed, num_rows, rounds,
     C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
+    # [BLOCK_R, C0], [BLOCK_R, C1]
+    b_weight0 = load_channels(p_weight, BLOCK_R, 0, C0, C)
+    b_bias0 = 0.0 if p_bias is None else load_channels(p_bias, BLOCK_R, 0, C0, C)
+    if C1 > 0:
+        b_weight1 = load_channels(p_weight, BLOCK_R, C0, C1, C)
+        b_bias1 = 0.0 if p_bias is None else load_channels(p_bias, BLOCK_R, C0, C1, C)
     for i_round in range(rounds):
         # [BLOCK_R, 1]
         i_row = (tl.program_id(0).to(tl.int64) * rounds + i_round) * BLOCK_R + rows(0, BLOCK_R, 1)
@@ -126,11 +127,10 @@ def _normalize_kernel(
         # [BLOCK_R, C0], [BLOCK_R, C1]
         b_sum0 = load_rows(p_sum, i_row * C, m_row, 0, C0, C, 1)
         if C1 > 0:
-            b_sum1 = _deviation(load_rows(p_sum, i_row * C, m_row, C0, C1, C, 1), b_mean, C0, C)
-        b_sum0 = _deviation(b_sum0, b_mean, 0, C)
-        store_rows(p_normed, i_row * C, m_row, _affine(b_sum0, b_rstd, p_weight, p_bias, 0, C), 0, C0, C, 1)
-        if C1 > 0:
-            store_rows(p_normed, i_row * C, m_row, _affine(b_sum1, b_rstd, p_weight, p_bias, C0, C), C0, C1, C, 1)
+            b_sum1 = load_rows(p_sum, i_row * C, m_row, C0, C1, C, 1).to(tl.float32) - b_mean
+            store_rows(p_normed, i_row * C, m_row, b_sum1 * b_rstd * b_weight1 + b_bias1, C0, C1, C, 1)
+        b_sum0 = b_sum0.to(tl.float32) - b_mean
+        store_rows(p_normed, i_row * C, m_row, b_sum0 * b_rstd * b_weight0 + b_bias0, 0, C0, C, 1)
 
 
 # ---- launch ----
@@ -144,34 +144,38 @@ class RowTile(NamedTuple):
     c1: int
     num_warps: int
 
+    @property
+    def wave(self) -> int:
+        """How many programs an H100 has on chip at a time, by the registers of the backward: 3 or 2 on each SM."""
+        return SMS * (3 if self.num_warps == 4 else 2)
+
     def constexprs(self, C: int) -> dict[str, int]:
         """The kernel's constants for rows of C."""
         return {"C": C, "C0": self.c0, "C1": self.c1, "BLOCK_R": self.block_r}
 
 
-def row_tile(C: int, per_thread: int) -> RowTile:
-    """Rows that give each thread `per_thread` numbers; never one row alone, which would leave threads without work."""
+def row_tile(C: int) -> RowTile:
+    """Rows that give each thread PER_THREAD numbers; never one row alone, which would leave threads without work."""
     c0 = triton.next_power_of_2(C)
     c1 = 0
     if c0 > C:
         rest = max(16, triton.next_power_of_2(C - c0 // 2))
         c0, c1 = (c0 // 2, rest) if rest < c0 // 2 else (c0, 0)
     num_warps = 4 if c0 + c1 <= 1024 else 8
-    block_r = 32 * num_warps * per_thread // triton.next_power_of_2(c0 + c1)
-    return RowTile(min(128, max(2, block_r)), c0, c1, num_warps)
+    block_r = 32 * num_warps * PER_THREAD // triton.next_power_of_2(c0 + c1)
+    return RowTile(min(64, max(2, block_r)), c0, c1, num_warps)
 
 
-def rounds_of(num_rows: int, block_r: int) -> int:
-    """How many tiles a program does one after another."""
-    wanted = min(ROWS_PER_PROGRAM, triton.cdiv(num_rows, FEW_PROGRAMS))
-    return triton.cdiv(wanted, block_r)
+def rounds_of(num_rows: int, tile: RowTile) -> int:
+    """How many tiles a program does one after another: as many as pay, but one wave of programs at least."""
+    return triton.cdiv(min(ROWS_PER_PROGRAM, triton.cdiv(num_rows, tile.wave)), tile.block_r)
 
 
 def plan_forward(x, branch, weight, bias, eps, drop_scale, layer_scale, total, normed, mean, rstd) -> Launch:
     """The launch of a forward on contiguous tensors; total is None where branch is. Looks at no data."""
     C, num_rows = x.shape[-1], mean.numel()
-    tile = row_tile(C, 32)
-    rounds = rounds_of(num_rows, tile.block_r)
+    tile = row_tile(C)
+    rounds = rounds_of(num_rows, tile)
     arguments = {"p_x": x, "p_branch": branch, "p_weight": weight, "p_bias": bias, "p_drop": drop_scale}
     arguments |= {"p_layer": layer_scale, "p_sum": total, "p_normed": normed, "p_mean": mean, "p_rstd": rstd}
     arguments |= {"num_rows": num_rows, "rows_per_sample": num_rows // x.shape[0], "rounds": rounds, "eps": float(eps)}
@@ -182,8 +186,8 @@ def plan_forward(x, branch, weight, bias, eps, drop_scale, layer_scale, total, n
 def plan_normalize(total, mean, rstd, weight, bias, normed) -> Launch:
     """The launch of a normalization from statistics, on contiguous tensors."""
     C, num_rows = total.shape[-1], mean.numel()
-    tile = row_tile(C, 32)
-    rounds = rounds_of(num_rows, tile.block_r)
+    tile = row_tile(C)
+    rounds = rounds_of(num_rows, tile)
     arguments = {"p_sum": total, "p_mean": mean, "p_rstd": rstd, "p_weight": weight, "p_bias": bias}
     arguments |= {"p_normed": normed, "num_rows": num_rows, "rounds": rounds}
     grid = triton.cdiv(num_rows, tile.block_r * rounds)
@@ -206,7 +210,7 @@ def add_layer_norm_forward(
     dtype: torch.dtype,
     normed_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, ...]:
-    """Launch the forward: x, branch [B, ..., C], any strides -> sum in dtype ([0] without branch), normed, mean, rstd."""
+    """Launch the forward: x, branch [B, ..., C], any strides -> sum in dtype ([0]: no branch), normed, mean, rstd."""
     x, branch, weight, bias, drop_scale, layer_scale = contiguous(x, branch, weight, bias, drop_scale, layer_scale)
     total = None if branch is None else torch.empty_like(x, dtype=dtype)
     normed = torch.empty_like(x, dtype=normed_dtype)

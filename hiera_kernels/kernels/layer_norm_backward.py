@@ -16,8 +16,6 @@ import triton.language as tl
 
 from hiera_kernels.kernels.launch_table import Launch, on_device
 from hiera_kernels.kernels.layer_norm import (
-    FEW_PROGRAMS,
-    ROWS_PER_PROGRAM,
     contiguous,
     load_channels,
     load_drop,
@@ -25,28 +23,8 @@ from hiera_kernels.kernels.layer_norm import (
 )
 from hiera_kernels.kernels.tile_access import columns, load_rows, rows, store_rows
 
-# Four programs for each SM of an H100: more would only write more partial sums.
-MANY_PROGRAMS = 528
-
-
-@triton.jit
-def _weighted(b_grad, p_weight, START: tl.constexpr, C: tl.constexpr):
-    """g: the gradient of the normalized rows, before weight and bias."""
-    b_grad = b_grad.to(tl.float32)
-    if p_weight is not None:
-        b_grad *= load_channels(p_weight, START, b_grad.shape[1], C)
-    return b_grad
-
-
-@triton.jit
-def _branch_gradients(b_grad, b_branch, b_drop, p_layer, DROP: tl.constexpr, START: tl.constexpr, C: tl.constexpr):
-    """From d, the gradient of the branch and what grad_layer_scale sums, in fp32."""
-    if DROP:
-        b_grad *= b_drop
-    b_layer = b_grad * b_branch
-    if p_layer is not None:
-        b_grad *= load_channels(p_layer, START, b_grad.shape[1], C)
-    return b_grad, b_layer
+# So many that writing partial sums once for each program is a few hundredths of the traffic.
+ROWS_PER_PROGRAM = 64
 
 
 @triton.jit
@@ -63,7 +41,12 @@ def _backward_kernel(
     C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, BLOCK_R: tl.constexpr,
     WEIGHT: tl.constexpr, BIAS: tl.constexpr, LAYER: tl.constexpr, BRANCH_BIAS: tl.constexpr,
 ):  # fmt: skip
-    DROP: tl.constexpr = p_drop is not None
+    # [BLOCK_R, C0], [BLOCK_R, C1]
+    b_gamma0 = load_channels(p_weight, BLOCK_R, 0, C0, C)
+    b_scale0 = load_channels(p_layer, BLOCK_R, 0, C0, C)
+    if C1 > 0:
+        b_gamma1 = load_channels(p_weight, BLOCK_R, C0, C1, C)
+        b_scale1 = load_channels(p_layer, BLOCK_R, C0, C1, C)
     # [BLOCK_R, C0], [BLOCK_R, C1]: sums of all rounds. Those that nobody wants the compiler throws away.
     b_weight0 = tl.zeros([BLOCK_R, C0], tl.float32)
     b_bias0 = tl.zeros([BLOCK_R, C0], tl.float32)
@@ -81,7 +64,7 @@ def _backward_kernel(
         b_mean = tl.load(p_mean + i_row, mask=m_row, other=0.0)
         b_rstd = tl.load(p_rstd + i_row, mask=m_row, other=0.0)
         b_drop = 1.0
-        if DROP:
+        if p_drop is not None:
             b_drop = load_drop(p_drop, i_row, m_row, rows_per_sample)
         # [BLOCK_R, C0], [BLOCK_R, C1]; zero where a row or a column is padding
         b_u0 = load_rows(p_sum, i_row * C, m_row, 0, C0, C, 1)
@@ -102,13 +85,13 @@ def _backward_kernel(
 
         # u is not zero in padded columns; whatever it meets is.
         b_u0 = (b_u0.to(tl.float32) - b_mean) * b_rstd
-        b_grad0 = _weighted(b_normed0, p_weight, 0, C)
+        b_grad0 = b_normed0.to(tl.float32) * b_gamma0
         # [BLOCK_R, 1]
         b_average = tl.sum(b_grad0, 1, keep_dims=True)
         b_along = tl.sum(b_grad0 * b_u0, 1, keep_dims=True)
         if C1 > 0:
             b_u1 = (b_u1.to(tl.float32) - b_mean) * b_rstd
-            b_grad1 = _weighted(b_normed1, p_weight, C0, C)
+            b_grad1 = b_normed1.to(tl.float32) * b_gamma1
             b_average += tl.sum(b_grad1, 1, keep_dims=True)
             b_along += tl.sum(b_grad1 * b_u1, 1, keep_dims=True)
         b_average /= C
@@ -122,8 +105,9 @@ def _backward_kernel(
             b_grad0 += b_sum0.to(tl.float32)
         if p_grad_x is not None:
             store_rows(p_grad_x, i_row * C, m_row, b_grad0, 0, C0, C, 1)
-        b_grad0, b_product0 = _branch_gradients(b_grad0, b_branch0, b_drop, p_layer, DROP, 0, C)
-        b_layer0 += b_product0
+        b_grad0 *= b_drop
+        b_layer0 += b_grad0 * b_branch0
+        b_grad0 *= b_scale0
         b_branch_bias0 += b_grad0
         if p_grad_branch is not None:
             store_rows(p_grad_branch, i_row * C, m_row, b_grad0, 0, C0, C, 1)
@@ -136,8 +120,9 @@ def _backward_kernel(
                 b_grad1 += b_sum1.to(tl.float32)
             if p_grad_x is not None:
                 store_rows(p_grad_x, i_row * C, m_row, b_grad1, C0, C1, C, 1)
-            b_grad1, b_product1 = _branch_gradients(b_grad1, b_branch1, b_drop, p_layer, DROP, C0, C)
-            b_layer1 += b_product1
+            b_grad1 *= b_drop
+            b_layer1 += b_grad1 * b_branch1
+            b_grad1 *= b_scale1
             b_branch_bias1 += b_grad1
             if p_grad_branch is not None:
                 store_rows(p_grad_branch, i_row * C, m_row, b_grad1, C0, C1, C, 1)
@@ -166,11 +151,14 @@ def _backward_kernel(
 
 
 def programs(num_rows: int, C: int) -> tuple[int, int]:
-    """How many programs there are, and how many tiles each does one after another."""
-    block_r = row_tile(C, 16).block_r
-    wanted = max(triton.cdiv(num_rows, MANY_PROGRAMS), min(ROWS_PER_PROGRAM, triton.cdiv(num_rows, FEW_PROGRAMS)))
-    rounds = triton.cdiv(wanted, block_r)
-    return triton.cdiv(num_rows, block_r * rounds), rounds
+    """How many programs there are, and how many tiles each does one after another.
+
+    One to four waves of programs: one where there are few rows, four where they are long enough all the same.
+    """
+    tile = row_tile(C)
+    wanted = max(ROWS_PER_PROGRAM, triton.cdiv(num_rows, 4 * tile.wave))
+    rounds = triton.cdiv(min(wanted, triton.cdiv(num_rows, tile.wave)), tile.block_r)
+    return triton.cdiv(num_rows, tile.block_r * rounds), rounds
 
 
 def plan_backward(
@@ -183,7 +171,7 @@ def plan_backward(
     of weight, bias, layer_scale, branch_bias.
     """
     C, num_rows = total.shape[-1], mean.numel()
-    tile = row_tile(C, 16)
+    tile = row_tile(C)
     arguments = {"p_grad_sum": grad_sum, "p_grad_normed": grad_normed, "p_sum": total, "p_mean": mean, "p_rstd": rstd}
     arguments |= {"p_weight": weight, "p_branch": branch, "p_drop": drop_scale, "p_layer": layer_scale}
     arguments |= {"p_grad_x": grad_x, "p_grad_branch": grad_branch, "p_partial": partial, "num_rows": num_rows}

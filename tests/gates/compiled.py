@@ -51,6 +51,8 @@ class Job:
 
     strict: a 16-bit kernel: no spills, no stack. Otherwise both are reported and not refused.
     tensor_cores: the kernel multiplies matrices in 16 bits.
+    least_wide: how many loads of 16 bytes there are at least, in place of half of all loads; for kernels that read
+        single numbers of a row (mean, rstd) beside few tiles.
     labels: what the table says of it: shape, dtype, ...
     """
 
@@ -58,6 +60,7 @@ class Job:
     capability: tuple[int, int]
     strict: bool = True
     tensor_cores: bool = True
+    least_wide: int | None = None
     labels: dict[str, str] = field(default_factory=dict)
 
 
@@ -112,6 +115,9 @@ def verdict(job: Job, made: Measured) -> list[str]:
         reasons.append(f"{made.seconds:.0f} s to compile, {SECONDS_LIMIT:.0f} allowed")
     if not made.wide_loads:
         reasons.append("no 16-byte load from global memory")
+    elif job.least_wide is not None:
+        if made.wide_loads < job.least_wide:
+            reasons.append(f"{made.wide_loads} loads of 16 bytes, one for each of {job.least_wide} tensors is expected")
     elif made.loads > 2 * made.wide_loads:
         reasons.append(f"{made.loads - made.wide_loads} narrow global loads beside {made.wide_loads} of 16 bytes")
     if job.strict:
