@@ -57,11 +57,15 @@ def _width(small, width, heads):
 
 
 def _ordered_blocks(stages, prefix=""):
-    return {f"{prefix}unroll", f"{prefix}reroll"} | {f"{prefix}blocks.{i}.attn" for i in range(sum(stages))}
+    return {f"{prefix}unroll", f"{prefix}reroll"} | _blocks_and_attention(stages, f"{prefix}blocks.")
+
+
+def _blocks_and_attention(stages, prefix):
+    return {f"{prefix}{i}{end}" for i in range(sum(stages)) for end in ("", ".attn")}
 
 
 def _window_blocks(prefix):
-    return lambda stages: {f"{prefix}blocks.{i}{end}" for i in range(sum(stages)) for end in ("", ".attn")}
+    return lambda stages: _blocks_and_attention(stages, f"{prefix}blocks.")
 
 
 def _timm_hiera(name):
@@ -127,8 +131,8 @@ def _transformers_hiera(class_name, prefix, skipped, **fixed):
         return getattr(transformers, class_name)(config)
 
     def replaced(stages):
-        paths = {f"{prefix}encoder.stages.{s}.layers.{i}.attn" for s, n in enumerate(stages) for i in range(n)}
-        return paths | {f"{prefix}encoder"}
+        layers = [_blocks_and_attention((n,), f"{prefix}encoder.stages.{s}.layers.") for s, n in enumerate(stages)]
+        return {f"{prefix}encoder"}.union(*layers)
 
     return Family(build, published, replaced, skipped, call=_masked if mae else _labelled, dynamic_size=False)
 

@@ -32,9 +32,9 @@ def test_every_block_of_the_published_depth_is_replaced(name):
 
 
 def decoder(model):
-    """The decoder's attention, where the model is a masked autoencoder of transformers."""
+    """The decoder's layers and their attention, where the model is a masked autoencoder of transformers."""
     inside = [path for path, _ in model.named_modules() if path.startswith("decoder.decoder_block.layers.")]
-    return {f"{path}.attn" for path in inside if path.count(".") == 3}
+    return {path + end for path in inside if path.count(".") == 3 for end in ("", ".attn")}
 
 
 # The trunks of SAM 2.0 and 2.1 are built of the same class with the same settings: one of the two is enough here.

@@ -4,6 +4,7 @@ Source: sam2 1.1.0, `sam2/modeling/backbones/hieradet.py` (MultiScaleAttention, 
 attributes, so vendored and renamed copies count. Every setting is read at call time, as the originals do.
 """
 
+import torch
 from torch import nn
 
 from hiera_kernels.adapters.sam2_parts import (
@@ -13,14 +14,18 @@ from hiera_kernels.adapters.sam2_parts import (
     Mixer,
     Norm,
     attend,
+    attended,
     attention_sizes,
     divides,
     int_pair,
     noticed,
     pool_stride,
     pooled,
+    projected,
     serves,
 )
+from hiera_kernels.block_pass import run
+from hiera_kernels.fused_block import FusedBlock, MlpLayers, Parts
 from hiera_kernels.lookalike import Affine, Probe
 from hiera_kernels.recognise import Target, refusal
 
@@ -75,12 +80,47 @@ class Attention(Target):
         return attend(module, x, module.num_heads, None, pool_stride(module.q_pool))
 
 
-class Block(Target):
+class Mlp(Target):
+    """`MLP` of two layers (`sam2/modeling/sam2_utils.py`)."""
+
+    name = "sam2.MLP"
+    looks_for = "an MLP with a list `layers` and `act`"
+    ops = ("gelu",)
+    known = frozenset(("layers", "num_layers", "act", "sigmoid_output"))
+
+    def resembles(self, module):
+        """The layers and the settings."""
+        settings = {"num_layers", "sigmoid_output"} <= vars(module).keys()
+        return settings and {"layers", "act"} <= module._modules.keys()
+
+    def obstacle(self, module):
+        """Another number of layers, or a sigmoid at the end."""
+        return None if self.resembles(module) and _is_two_layers(module) else "it is no MLP of two layers"
+
+    def probes(self, module, fresh):
+        """With an activation that is far from linear."""
+        layers = [Affine(fresh, 4, 6), Affine(fresh, 6, 4)]
+        holds = {"layers": layers, "num_layers": 2, "act": torch.sin, "sigmoid_output": False}
+        return [Probe("tokens", holds, (fresh(2, 5, 4),))]
+
+    @staticmethod
+    def fused(module, x):
+        """x [..., C] -> [..., C]."""
+        first, second = module.layers
+        return second(module.act(first(x)))
+
+
+def _is_two_layers(mlp):
+    return mlp.num_layers == 2 and len(mlp.layers) == 2 and not mlp.sigmoid_output
+
+
+class Block(FusedBlock):
     """`MultiScaleBlock.forward`, without windows cut, padded, put together and cropped."""
 
     name = "sam2.MultiScaleBlock"
     looks_for = "a block with `norm1`, `attn`, `norm2`, `mlp`, `window_size` and `q_stride` (SAM 2)"
-    ops = ("window_attention",)
+    ops = ("add_layer_norm", "gelu", "window_attention")
+    mlp_class = Mlp()
     known = frozenset(
         ("dim", "dim_out", "norm1", "proj", "pool", "window_size", "attn", "q_stride", "drop_path", "mlp", "norm2")
     )
@@ -115,12 +155,12 @@ class Block(Target):
     def probes(self, module, fresh):
         """Windows that fit and that overhang, global ones, pooled ones."""
         return [
-            Probe(f"map {size}, window {window}, stride {stride}", self.parts(fresh, window, stride, *dims), (x,))
+            Probe(f"map {size}, window {window}, stride {stride}", self.stand_ins(fresh, window, stride, *dims), (x,))
             for size, window, stride, dims in CASES
             for x in [fresh(2, *size, dims[0])]
         ]
 
-    def parts(self, fresh, window, stride, dim, dim_out):
+    def stand_ins(self, fresh, window, stride, dim, dim_out):
         """What a small block holds."""
         pool = None if stride is None else nn.MaxPool2d(stride)
         return {
@@ -138,8 +178,50 @@ class Block(Target):
         }
 
     def note(self, module):
-        """A hook that would be missed."""
-        return noticed(module.attn, (module.attn.q_pool,))
+        """The settings, and a hook that would be missed."""
+        notes = (super().note(module), noticed(module.attn, (module.attn.q_pool,)))
+        return "; ".join(note for note in notes if note)
+
+    @staticmethod
+    def parts(block):
+        """By their names; one drop path serves both branches."""
+        attn = block.attn
+        return Parts(
+            norm1=block.norm1,
+            attn=attn,
+            qkv=attn.qkv,
+            proj=attn.proj,
+            norm2=block.norm2,
+            mlp=block.mlp,
+            drop1=block.drop_path,
+            drop2=block.drop_path,
+            shortcut=block.proj if block.dim != block.dim_out else None,
+        )
+
+    @staticmethod
+    def window(block):
+        """Height and width of the windows; None where attention is global."""
+        return (block.window_size, block.window_size) if block.window_size else None
+
+    @classmethod
+    def attend(cls, block, normed):
+        """Layers that cannot be read are called, on the whole map; normed [B, Hs, Ws, C] -> [B, Hs', Ws', C']."""
+        return attend(block.attn, normed, block.attn.num_heads, cls.window(block), block.q_stride)
+
+    @classmethod
+    def core(cls, block, qkv, bias):
+        """Attention in the windows of a map; qkv [B, Hs, Ws, 3*C'] -> [B, Hs', Ws', C']."""
+        return attended(block.attn, qkv, block.attn.num_heads, cls.window(block), block.q_stride)
+
+    @staticmethod
+    def shortcut(block, x, normed):
+        """The max-pooled projection of norm1's output, where the channels change."""
+        return x if block.dim == block.dim_out else pooled(projected(normed, block.proj), block.pool)
+
+    @staticmethod
+    def mlp_layers(mlp):
+        """As sam2 names them; none that could be read if there are more, or a sigmoid."""
+        return MlpLayers(mlp.layers[0], mlp.act, mlp.layers[-1] if _is_two_layers(mlp) else None)
 
     @staticmethod
     def applies(module, x):
@@ -147,19 +229,17 @@ class Block(Target):
         attn, stride = module.attn, module.q_stride
         if not serves(attn, (attn.q_pool,)) or pool_stride(attn.q_pool) != (stride and tuple(stride)):
             return False
-        window = (module.window_size, module.window_size) if module.window_size else None
+        window = Block.window(module)
+        if not FusedBlock.applies(module, x):
+            return False
         # The original takes the height of the stride for both sides of its windows.
         return divides(x, window, stride) and (stride is None or (window is not None and stride[0] == stride[1]))
 
     @staticmethod
     def fused(module, x):
         """x [B, Hs, Ws, dim] -> [B, Hs', Ws', dim_out]."""
-        attn = module.attn
-        normed = module.norm1(x)
-        shortcut = x if module.dim == module.dim_out else pooled(module.proj(normed), module.pool)
-        window = (module.window_size, module.window_size) if module.window_size else None
-        x = shortcut + module.drop_path(attend(attn, normed, attn.num_heads, window, module.q_stride))
-        return x + module.drop_path(module.mlp(module.norm2(x)))
+        return run(BLOCK, module, x)
 
 
-TARGETS = (Block(), Attention())
+BLOCK = Block()
+TARGETS = (BLOCK, Attention())

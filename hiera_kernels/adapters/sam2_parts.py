@@ -11,7 +11,19 @@ from torch.nn.modules import module as torch_module
 
 from hiera_kernels.lookalike import Affine
 from hiera_kernels.ops.windows import window_attention
+from hiera_kernels.plain_modules import is_heard, is_readable_linear
 from hiera_kernels.subclass import target_of
+
+
+def attended(attn, qkv, num_heads, window_size, q_stride, scale=None):
+    """What lies between two linear layers that are read; qkv [B, Hs, Ws, 3*dim_out] -> [B, Hs', Ws', dim_out].
+
+    Arguments as of `attend`. The row of a zero token is the bias of the layer.
+    """
+    pad = None
+    if _overhangs(qkv, window_size) and attn.qkv.bias is not None:
+        pad = attn.qkv.bias.to(qkv.dtype)
+    return window_attention(qkv, num_heads, window_size, q_stride, pad, scale)
 
 
 def attend(attn, x, num_heads, window_size, q_stride, scale=None):
@@ -26,10 +38,19 @@ def attend(attn, x, num_heads, window_size, q_stride, scale=None):
         scale: factor on the logits; None is `D ** -0.5`.
     """
     pad = None
-    if window_size is not None and (x.shape[1] % window_size[0] != 0 or x.shape[2] % window_size[1] != 0):
+    if _overhangs(x, window_size):
         # The original pads before the layer, with zeros: they come out of it as its bias, whatever wraps the layer.
         pad = attn.qkv(x.new_zeros(1, 1, 1, x.shape[3])).flatten()
     return attn.proj(window_attention(attn.qkv(x), num_heads, window_size, q_stride, pad, scale))
+
+
+def _overhangs(x, window_size):
+    return window_size is not None and (x.shape[1] % window_size[0] != 0 or x.shape[2] % window_size[1] != 0)
+
+
+def projected(normed, layer):
+    """The output of a linear layer for a LayerNorm's output: the layer is read where it can be, else called."""
+    return normed.linear(layer.weight, layer.bias) if is_readable_linear(layer) else layer(normed.tokens)
 
 
 def divides(x, window_size, q_stride):
@@ -64,17 +85,6 @@ def int_pair(value):
     return None
 
 
-def is_heard(module):
-    """Whether somebody would notice that the module is not called, or is called with another shape."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
 def serves(attn, pools=()):
     """Whether a block may call its attention by parts: it is ours, and nobody would notice."""
     return target_of(attn) is not None and listener(attn, pools) is None
@@ -85,12 +95,12 @@ def listener(attn, pools=()):
 
     Then the block runs its own forward, which calls its attention, which is ours, on windows.
     """
+    if torch_module._has_any_global_hook():
+        return "every module"
     for name, module in (("attn", attn), ("qkv", attn._modules["qkv"]), ("proj", attn._modules["proj"])):
         if is_heard(module):
             return f"its `{name}`"
-    if any(is_heard(pool) for pool in pools if pool is not None):
-        return "its pooling"
-    return "every module" if torch_module._has_any_global_hook() else None
+    return "its pooling" if any(is_heard(pool) for pool in pools if pool is not None) else None
 
 
 def noticed(attn, pools=()):
@@ -159,7 +169,7 @@ class Drop:
 
     def __call__(self, x):
         """[..., C] -> the same shape."""
-        return x * (1 + torch.rand(x.shape[0], 1, 1, 1, dtype=torch.float64)).to(x.dtype)
+        return x * (1 + torch.rand(x.shape[0], *[1] * (x.ndim - 1), dtype=torch.float64)).to(x.dtype)
 
 
 class MapAttention:

@@ -11,12 +11,14 @@ from hiera_kernels.adapters.sam2_parts import (
     MapAttention,
     Scaled,
     attend,
+    attended,
     divides,
     int_pair,
     pool_stride,
-    pooled,
     serves,
 )
+from hiera_kernels.block_pass import run
+from hiera_kernels.fused_block import FusedBlock, Parts
 from hiera_kernels.lookalike import Probe
 
 
@@ -58,6 +60,7 @@ class Block(sam2.Block):
 
     name = "timm.MultiScaleBlock"
     looks_for = "the same with `is_windowed`, `drop_path1` and `drop_path2` (timm)"
+    mlp_class = FusedBlock.mlp_class
     known = (sam2.Block.known - {"drop_path"}) | {"is_windowed", "ls1", "ls2", "drop_path1", "drop_path2"}
     attention = Attention()
 
@@ -79,13 +82,13 @@ class Block(sam2.Block):
         """As for sam2's, and a window and a stride that are not square."""
         found = super().probes(module, fresh)
         for window, stride, dims in (((4, 2), (2, 1), (6, 16)), ((2, 3), None, (6, 6))):
-            holds = self.parts(fresh, window, stride, *dims)
+            holds = self.stand_ins(fresh, window, stride, *dims)
             found.append(Probe(f"window {window}, stride {stride}", holds, (fresh(2, 6, 7, 6),)))
         return found
 
-    def parts(self, fresh, window, stride, dim, dim_out):
+    def stand_ins(self, fresh, window, stride, dim, dim_out):
         """What a small block holds."""
-        parts = super().parts(fresh, window, stride, dim, dim_out)
+        parts = super().stand_ins(fresh, window, stride, dim, dim_out)
         drop = parts.pop("drop_path")
         more = {
             "window_size": (0, 0) if window is None else tuple(window),
@@ -101,28 +104,57 @@ class Block(sam2.Block):
         return {**parts, **more}
 
     @staticmethod
+    def parts(block):
+        """By their names."""
+        attn = block.attn
+        return Parts(
+            norm1=block.norm1,
+            attn=attn,
+            qkv=attn.qkv,
+            proj=attn.proj,
+            norm2=block.norm2,
+            mlp=block.mlp,
+            drop1=block.drop_path1,
+            drop2=block.drop_path2,
+            scale1=block.ls1,
+            scale2=block.ls2,
+            shortcut=block.proj if block.dim != block.dim_out else None,
+        )
+
+    mlp_layers = staticmethod(FusedBlock.mlp_layers)
+
+    @staticmethod
+    def window(block):
+        """Height and width of the windows; None where attention is global."""
+        return tuple(block.window_size) if block.is_windowed else None
+
+    @classmethod
+    def attend(cls, block, normed):
+        """Layers that cannot be read are called, on the whole map; normed [B, Hs, Ws, C] -> [B, Hs', Ws', C']."""
+        attn = block.attn
+        return attend(attn, normed, attn.num_heads, cls.window(block), block.q_stride, used_scale(attn))
+
+    @classmethod
+    def core(cls, block, qkv, bias):
+        """Attention in the windows of a map; qkv [B, Hs, Ws, 3*C'] -> [B, Hs', Ws', C']."""
+        attn = block.attn
+        return attended(attn, qkv, attn.num_heads, cls.window(block), block.q_stride, used_scale(attn))
+
+    @staticmethod
     def applies(module, x):
         """Where attention is ours, nobody listens to its parts, and pooling cuts neither windows nor the map."""
         attn, stride = module.attn, module.q_stride
         if not serves(attn, (attn.q_pool,)) or pool_stride(attn.q_pool) != (stride and tuple(stride)):
             return False
-        window = window_of(module)
+        window = Block.window(module)
+        if not FusedBlock.applies(module, x):
+            return False
         return divides(x, window, stride) and (stride is None if window is None else min(window) > 0)
 
     @staticmethod
     def fused(module, x):
         """x [B, Hs, Ws, dim] -> [B, Hs', Ws', dim_out]."""
-        attn = module.attn
-        normed = module.norm1(x)
-        shortcut = x if module.dim == module.dim_out else pooled(module.proj(normed), module.pool)
-        out = attend(attn, normed, attn.num_heads, window_of(module), module.q_stride, used_scale(attn))
-        x = shortcut + module.drop_path1(module.ls1(out))
-        return x + module.drop_path2(module.ls2(module.mlp(module.norm2(x))))
-
-
-def window_of(module):
-    """Height and width of a block's windows, None for the whole map."""
-    return tuple(module.window_size) if module.is_windowed else None
+        return run(BLOCK, module, x)
 
 
 def used_scale(attn):
@@ -130,4 +162,5 @@ def used_scale(attn):
     return None if attn.fused_attn else attn.scale
 
 
-TARGETS = (Block(), Attention())
+BLOCK = Block()
+TARGETS = (BLOCK, Attention())

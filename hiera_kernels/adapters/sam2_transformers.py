@@ -9,18 +9,23 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
+from hiera_kernels.adapters import transformers_parts
 from hiera_kernels.adapters.sam2_parts import (
     CASES,
     MapAttention,
     Mixer,
     Norm,
     attend,
+    attended,
     attention_sizes,
     divides,
     int_pair,
     noticed,
+    projected,
     serves,
 )
+from hiera_kernels.block_pass import run
+from hiera_kernels.fused_block import FusedBlock, MlpLayers, Parts
 from hiera_kernels.lookalike import Affine, Probe
 from hiera_kernels.recognise import Target, refusal
 
@@ -92,12 +97,13 @@ class Attention(Target):
         )
 
 
-class Block(Target):
+class Block(FusedBlock):
     """`Sam2MultiScaleBlock.forward`, without windows cut, padded, put together and cropped."""
 
     name = "transformers.Sam2MultiScaleBlock"
     looks_for = "a block with `layer_norm1`, `attn`, `layer_norm2`, `mlp`, `window_size` and `query_stride`"
-    ops = ("window_attention",)
+    ops = ("add_layer_norm", "gelu", "window_attention")
+    mlp_class = transformers_parts.FEED_FORWARD
     known = frozenset(
         ("dim", "dim_out", "layer_norm1", "proj", "window_size", "attn", "query_stride", "mlp", "layer_norm2")
     )
@@ -144,8 +150,53 @@ class Block(Target):
         return found
 
     def note(self, module):
-        """A hook that would be missed."""
-        return noticed(module.attn)
+        """The settings, and a hook that would be missed."""
+        notes = (super().note(module), noticed(module.attn))
+        return "; ".join(note for note in notes if note)
+
+    @staticmethod
+    def parts(block):
+        """By their names; there is no drop path."""
+        attn = block.attn
+        return Parts(
+            norm1=block.layer_norm1,
+            attn=attn,
+            qkv=attn.qkv,
+            proj=attn.proj,
+            norm2=block.layer_norm2,
+            mlp=block.mlp,
+            shortcut=block.proj if block.dim != block.dim_out else None,
+        )
+
+    @staticmethod
+    def attend(block, normed):
+        """Layers that cannot be read are called, on the whole map; normed [B, Hs, Ws, C] -> [B, Hs', Ws', C']."""
+        attn = block.attn
+        return attend(attn, normed, attn.num_attention_heads, _window(block), block.query_stride or None, attn.scale)
+
+    @staticmethod
+    def core(block, qkv, bias):
+        """Attention in the windows of a map; qkv [B, Hs, Ws, 3*C'] -> [B, Hs', Ws', C']."""
+        attn = block.attn
+        return attended(attn, qkv, attn.num_attention_heads, _window(block), block.query_stride or None, attn.scale)
+
+    @staticmethod
+    def shortcut(block, x, normed):
+        """The max-pooled projection of the first norm's output, where the channels change."""
+        if block.dim == block.dim_out:
+            return x
+        shortcut = projected(normed, block.proj)
+        if not block.query_stride:
+            return shortcut
+        return F.max_pool2d(shortcut.permute(0, 3, 1, 2), block.query_stride).permute(0, 2, 3, 1)
+
+    @staticmethod
+    def mlp_layers(mlp):
+        """As transformers names them; none that could be read if there are more, or a sigmoid."""
+        two = transformers_parts.is_two_layers(mlp)
+        return MlpLayers(mlp.proj_in, mlp.activation, mlp.proj_out if two else None)
+
+    is_gelu = staticmethod(transformers_parts.is_gelu)
 
     @staticmethod
     def applies(module, hidden_states, **kwargs):
@@ -153,7 +204,9 @@ class Block(Target):
         attn, stride = module.attn, module.query_stride
         if not serves(attn) or attn.query_stride != stride or not Attention.applies(attn, hidden_states, **kwargs):
             return False
-        window = (module.window_size, module.window_size) if module.window_size else None
+        if not FusedBlock.applies(module, hidden_states):
+            return False
+        window = _window(module)
         # The original takes the height of the stride for both sides of its windows.
         return divides(hidden_states, window, stride) and (
             not stride or (window is not None and stride[0] == stride[1])
@@ -162,16 +215,12 @@ class Block(Target):
     @staticmethod
     def fused(module, hidden_states, **kwargs):
         """hidden_states [B, Hs, Ws, dim] -> [B, Hs', Ws', dim_out]."""
-        attn, stride = module.attn, module.query_stride or None
-        normed = module.layer_norm1(hidden_states)
-        shortcut = hidden_states
-        if module.dim != module.dim_out:
-            shortcut = module.proj(normed)
-            if stride is not None:
-                shortcut = F.max_pool2d(shortcut.permute(0, 3, 1, 2), stride).permute(0, 2, 3, 1)
-        window = (module.window_size, module.window_size) if module.window_size else None
-        x = shortcut + attend(attn, normed, attn.num_attention_heads, window, stride, attn.scale)
-        return x + module.mlp(module.layer_norm2(x))
+        return run(BLOCK, module, hidden_states)
 
 
-TARGETS = (Block(), Attention())
+def _window(block):
+    return (block.window_size, block.window_size) if block.window_size else None
+
+
+BLOCK = Block()
+TARGETS = (BLOCK, Attention())

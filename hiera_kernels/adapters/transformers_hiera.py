@@ -1,12 +1,16 @@
-"""Hugging Face's Hiera (transformers 5): attention and the encoder's `reroll`.
+"""Hugging Face's Hiera (transformers 5): attention, whole layers, and the encoder's `reroll`.
 
-Source: transformers 5.23, `models/hiera/modeling_hiera.py` (HieraMaskUnitAttention, HieraEncoder.reroll). Recognised by
-attributes, so vendored and renamed copies count.
+Source: transformers 5.23, `models/hiera/modeling_hiera.py` (HieraMaskUnitAttention, HieraLayer, HieraEncoder.reroll).
+Recognised by attributes, so vendored and renamed copies count.
 """
 
 import torch
 
+from hiera_kernels.adapters import transformers_parts
 from hiera_kernels.adapters.hiera_transformer import GRIDS, RerollOrder
+from hiera_kernels.adapters.sam2_parts import Drop, Mixer, Norm
+from hiera_kernels.block_pass import run
+from hiera_kernels.fused_block import FusedBlock, MlpLayers, Parts
 from hiera_kernels.lookalike import Affine, Probe
 from hiera_kernels.ops.attention import mask_unit_attention
 from hiera_kernels.ops.token_order import reroll, reroll_masked
@@ -89,10 +93,130 @@ class TransformersAttention(Target):
     @staticmethod
     def fused(module, hidden_states, output_attentions=False):
         """hidden_states [B, N, dim] -> ([B, N/query_stride, hidden_size_output], None), unrolled order."""
-        stride = module.query_stride
-        windows = hidden_states.shape[1] // (stride * module.window_size) if module.use_mask_unit_attn else 1
-        out = mask_unit_attention(module.qkv(hidden_states), module.num_heads, windows, stride, module.scale)
-        return module.proj(out), None
+        return module.proj(_attended(module, module.qkv(hidden_states))), None
+
+
+def _attended(attn, qkv):
+    stride = attn.query_stride
+    windows = qkv.shape[1] // (stride * attn.window_size) if attn.use_mask_unit_attn else 1
+    return mask_unit_attention(qkv, attn.num_heads, windows, stride, attn.scale)
+
+
+class Layer(FusedBlock):
+    """`HieraLayer.forward`, which returns a pair: the tokens, and the attention matrix or None."""
+
+    name = "transformers.HieraLayer"
+    looks_for = "a layer with `layernorm_before`, `attn`, `layernorm_after`, `mlp`, `drop_path` and `query_stride`"
+    known = frozenset(
+        ("hidden_size", "hidden_size_output", "query_stride", "layernorm_before", "attn", "layernorm_after", "mlp")
+        + ("drop_path", "proj")
+    )
+    mlp_class = transformers_parts.MLP
+    drop_class = transformers_parts.DROP_PATH
+
+    def resembles(self, module):
+        """Its submodules and sizes, and mask-unit attention."""
+        return (
+            {"layernorm_before", "attn", "layernorm_after", "mlp", "drop_path"} <= module._modules.keys()
+            and {"hidden_size", "hidden_size_output", "query_stride"} <= vars(module).keys()
+            and "use_mask_unit_attn" in vars(module.attn)
+        )
+
+    def obstacle(self, module):
+        """Sizes of the wrong kind, and a projection that is missing."""
+        has = vars(module)
+        for name in ("hidden_size", "hidden_size_output", "query_stride"):
+            if not isinstance(has[name], int):
+                return f"its `{name}` is no integer: {has[name]!r}"
+        if has["hidden_size"] != has["hidden_size_output"] and "proj" not in module._modules:
+            return "it has no `proj` although its channels change"
+        return None
+
+    def probes(self, module, fresh):
+        """Channels that stay and that change, pooled and not, with ties where it pools."""
+        found = []
+        for dim_out, stride in ((4, 1), (8, 1), (8, 2)):
+            holds = {
+                "hidden_size": 4,
+                "hidden_size_output": dim_out,
+                "query_stride": stride,
+                "layernorm_before": Norm(fresh, 4),
+                "attn": _Attention(fresh, 4, dim_out, stride),
+                "layernorm_after": Norm(fresh, dim_out),
+                "mlp": Mixer(fresh, dim_out, dim_out),
+                "drop_path": Drop(),
+                "proj": Affine(fresh, 4, dim_out),
+            }
+            name = f"4 to {dim_out} channels, stride {stride}"
+            x = fresh.constant(3, 6 * stride, 4)
+            found.append(Probe(name, holds, (fresh.leaf(x),)))
+            if stride > 1:
+                tied = fresh.leaf(x[:, :6].repeat(1, stride, 1))
+                found.append(Probe(f"{name}, ties", holds, (tied,), {"output_attentions": False}))
+        return found
+
+    @staticmethod
+    def parts(block):
+        """By their names; one drop path serves both branches."""
+        attn = block.attn
+        return Parts(
+            norm1=block.layernorm_before,
+            attn=attn,
+            qkv=getattr(attn, "qkv", None),
+            proj=getattr(attn, "proj", None),
+            norm2=block.layernorm_after,
+            mlp=block.mlp,
+            drop1=block.drop_path,
+            drop2=block.drop_path,
+            shortcut=block.proj if block.hidden_size != block.hidden_size_output else None,
+        )
+
+    @staticmethod
+    def attend(block, normed):
+        """The first of the pair that its attention returns."""
+        return block.attn(normed, output_attentions=False)[0]
+
+    @staticmethod
+    def core(block, qkv, bias):
+        """Mask-unit attention; qkv [B, N, 3*C'] -> [B, N/query_stride, C']."""
+        return _attended(block.attn, qkv)
+
+    @staticmethod
+    def shortcut(block, x, normed):
+        """The max-pooled projection of the first norm's output, where the channels change."""
+        if block.hidden_size == block.hidden_size_output:
+            return x
+        return normed.linear_q_pool(block.proj, block.query_stride, "first")
+
+    @staticmethod
+    def mlp_layers(mlp):
+        """As transformers names them."""
+        return MlpLayers(mlp.fc1, mlp.activation_fn, mlp.fc2)
+
+    is_gelu = staticmethod(transformers_parts.is_gelu)
+    drop_scale = staticmethod(transformers_parts.drop_scale)
+
+    @staticmethod
+    def applies(module, hidden_states, output_attentions=False):
+        """Not where the attention matrix is asked for."""
+        return not output_attentions and FusedBlock.applies(module, hidden_states)
+
+    @staticmethod
+    def fused(module, hidden_states, output_attentions=False):
+        """hidden_states [B, N, hidden_size] -> ([B, N/query_stride, hidden_size_output], None), unrolled order."""
+        return run(LAYER, module, hidden_states), None
+
+
+class _Attention(Affine):
+    """Stands in for attention that pools and returns a pair."""
+
+    def __init__(self, fresh, dim, dim_out, stride):
+        super().__init__(fresh, dim, dim_out)
+        self.stride = stride
+
+    def __call__(self, x, output_attentions):
+        mixed = torch.sin(super().__call__(x.cumsum(1)))
+        return mixed.unflatten(1, (self.stride, -1)).mean(dim=1), None
 
 
 class EncoderReroll(RerollOrder):
@@ -162,4 +286,5 @@ class ModelUnroll(Target):
         raise NotImplementedError
 
 
-TARGETS = (TransformersAttention(), EncoderReroll(), ModelUnroll())
+LAYER = Layer()
+TARGETS = (LAYER, TransformersAttention(), EncoderReroll(), ModelUnroll())
