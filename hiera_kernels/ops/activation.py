@@ -102,6 +102,23 @@ def check_vector(name: str, value: object, length: int, words: str) -> None:
         raise ValueError(f"{name} must have shape ({length},): {words}, got {tuple(value.shape)}")
 
 
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype that ``x`` has as an operand of a matrix product: its own, or under autocast perhaps another."""
+    if not torch.amp.is_autocast_available(x.device.type):  # meta tensors: to ask whether it is enabled raises
+        return x.dtype
+    return calling.autocast_dtype(x) or x.dtype
+
+
+def check_dtypes(first: str, **tensors: torch.Tensor | None) -> None:
+    """Raise unless the operands of a matrix product have the dtype of the one named `first`, or autocast casts them."""
+    dtype, device_type = tensors[first].dtype, tensors[first].device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return
+    for name, value in tensors.items():
+        if value is not None and value.dtype is not dtype:
+            raise TypeError(f"{name} must have the dtype of {first}, {dtype}, got {value.dtype}")
+
+
 # ---- the parts that the MLP is made of: by the op where `fused`, else by plain operations, which differentiate ----
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from hiera_kernels.ops import activation, calling
-from hiera_kernels.ops.activation import check_floating, check_vector
+from hiera_kernels.ops.activation import check_dtypes, check_floating, check_vector, product_dtype
 from hiera_kernels.ops.switch import is_disabled
 from hiera_kernels.reference import feed_forward as reference
 from hiera_kernels.reference.activation import with_bias
@@ -58,7 +58,7 @@ def mlp(
     _check_layer("w1", w1, "b1", b1, x.shape[-1], "C, the last dimension of x")
     _check_layer("w2", w2, "b2", b2, w1.shape[0], "M, the first dimension of w1")
     _check_recompute(recompute)
-    _check_dtypes(x, x=x, w1=w1, b1=b1, w2=w2, b2=b2)
+    check_dtypes("x", x=x, w1=w1, b1=b1, w2=w2, b2=b2)
     if _plain(x, w1, b1, w2, b2):
         return reference.mlp(x, w1, b1, w2, b2, recompute)
     if b1 is None or not (torch.is_grad_enabled() and b1.requires_grad):
@@ -100,7 +100,7 @@ def gelu_linear(
     _check_layer("weight", weight, "bias", bias, h.shape[-1], "M, the last dimension of h")
     check_vector("hidden_bias", hidden_bias, h.shape[-1], "M, the last dimension of h")
     _check_recompute(recompute)
-    _check_dtypes(h, h=h, weight=weight, bias=bias)
+    check_dtypes("h", h=h, weight=weight, bias=bias)
     if _plain(h, weight, bias, hidden_bias):
         return reference.gelu_linear(h, weight, bias, recompute, hidden_bias)
     return _gelu_linear(h, weight, bias, recompute, hidden_bias)
@@ -123,11 +123,8 @@ def _gelu_linear(h, weight, bias, recompute, hidden_bias):
     ):
         return F.linear(activation.activated(h, fused), weight, bias)
     # Casts that autograd sees: gradients come back in the dtypes of the parameters.
-    dtype = calling.autocast_dtype(weight)
-    if dtype is not None:
-        weight = weight.to(dtype)
-    if bias is not None and bias.dtype is not weight.dtype:
-        bias = bias.to(weight.dtype)
+    dtype = product_dtype(weight)
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     return _GeluLinear.apply(h, weight, bias, hidden_bias, recompute, fused)
 
 
@@ -196,12 +193,3 @@ def _check_layer(name, weight, bias_name, bias, width, words) -> None:
 def _check_recompute(recompute) -> None:
     if not isinstance(recompute, bool):
         raise TypeError(f"recompute must be a bool, got {recompute!r}")
-
-
-def _check_dtypes(first, **tensors) -> None:
-    if torch.is_autocast_enabled(first.device.type):
-        return
-    for name, value in tensors.items():
-        if value is not None and value.dtype is not first.dtype:
-            wanted = next(iter(tensors))
-            raise TypeError(f"{name} must have the dtype of {wanted}, {first.dtype}, got {value.dtype}")

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from hiera_kernels.ops import calling, checks
-from hiera_kernels.ops.activation import DTYPES, check_floating, check_vector
+from hiera_kernels.ops.activation import DTYPES, check_dtypes, check_floating, check_vector, product_dtype
 from hiera_kernels.ops.switch import is_disabled
 from hiera_kernels.reference import shortcut as reference
 
@@ -98,7 +98,7 @@ def refusal(
     for tensor in (weight, bias):
         if tensor is not None and calling.is_foreign(tensor):
             return f"{type(tensor).__name__} knows PyTorch's operations only"
-    return calling.refusal(NAME, contract, x, calling.autocast_dtype(x) or x.dtype, stride, ties)
+    return calling.refusal(NAME, contract, x, product_dtype(x), stride, ties)
 
 
 def contract(x: torch.Tensor, dtype: torch.dtype, stride: int, ties: str) -> str | None:
@@ -125,19 +125,12 @@ def _check(x, weight, bias, stride, ties) -> None:
             f"stride must divide the number of tokens in x, got stride={stride} for shape {tuple(x.shape)}"
         )
     calling.check_ties(ties)
-    if not torch.is_autocast_enabled(x.device.type):
-        for name, value in (("weight", weight), ("bias", bias)):
-            if value is not None and value.dtype is not x.dtype:
-                raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {value.dtype}")
+    check_dtypes("x", x=x, weight=weight, bias=bias)
 
 
 def _as_autocast_has_it(*tensors):
     """The tensors in the dtype that autocast gives to the operands of a matrix product, by casts that autograd sees."""
-    found = []
-    for tensor in tensors:
-        dtype = None if tensor is None else calling.autocast_dtype(tensor)
-        found.append(tensor if dtype is None else tensor.to(dtype))
-    return found
+    return [None if t is None else t.to(product_dtype(t)) for t in tensors]
 
 
 # ---- what the op does where no device kernel is registered ----
