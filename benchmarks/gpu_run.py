@@ -12,7 +12,7 @@ launch_table.py.
 
 import argparse
 import ast
-import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -108,7 +108,9 @@ def planned(options: argparse.Namespace, scratch: Path) -> list[Step]:
     steps.append(Step("ops", "ops", ops, 25, 150, OPS))
     model = [python, "-m", "benchmarks.model", "--json", str(out / "model.json")]
     steps.append(Step("model", "model", model, 30, 200))
-    curves = ["--json", str(out / "convergence.json"), "--plot", str(out / "convergence.png")]
+    # Classification is augmented by kornia.
+    curves = [] if importlib.util.find_spec("kornia") else ["--objectives", "mae"]
+    curves += ["--json", str(out / "convergence.json"), "--plot", str(out / "convergence.png")]
     steps.append(Step("convergence", "convergence", [python, "-m", "benchmarks.convergence", *curves], 40, 120))
     tune = [python, "-m", "benchmarks.ops", "mask_unit_attention", "--tune", "--json", str(out / "tune.json")]
     tune += ["--write", str(out / "launch_table.py")]
