@@ -57,11 +57,10 @@ def oracle_kernels_on_cpu():
         i_p = np.arange(stride)[:, None, None]
         chosen = winners.numpy()[:, None].astype(np.int64)
         mask = (chosen == i_p) if ties == "first" else (chosen >> i_p) & 1
-        rows = (_array(grad_out)[:, None] * mask / mask.sum(1, keepdims=True)).reshape(*x.shape[:2], -1)
-        nothing = torch.empty(0, dtype=x.dtype)
+        rows = (_array(grad_out)[:, None] * mask / mask.sum(1, keepdims=True)).reshape(*x.shape[:2], weight.shape[0])
         return (
-            _tensor(rows @ _array(weight), x.dtype) if needs[0] else nothing,
-            _tensor(np.tensordot(rows, _array(x), ((0, 1), (0, 1))), x.dtype) if needs[1] else nothing,
+            _tensor(rows @ _array(weight), x.dtype) if needs[0] else x.new_empty(0),
+            _tensor(np.tensordot(rows, _array(x), ((0, 1), (0, 1))), x.dtype) if needs[1] else x.new_empty(0),
             _tensor(rows.sum((0, 1)) if needs[2] else np.empty(0), _sums_dtype(x)),
         )
 
