@@ -35,8 +35,8 @@ def add_layer_norm(
             plain operations.
         layer_scale: [C] or None: what each channel of the branch is multiplied by (LayerScale). To give it a gradient,
             the branch is kept for backward.
-        normed_dtype: dtype of ``normed``. None is what ``F.layer_norm`` gives: fp32 under autocast, else the dtype of
-            the sum. Under autocast, the autocast dtype saves the cast that the next Linear would make.
+        normed_dtype: dtype of ``normed``. None is what ``F.layer_norm`` gives: fp32 under autocast (but for the CPU's),
+            else the dtype of the sum. Under autocast, its dtype saves the cast that the next Linear would make.
         branch_bias: [C] or None, for a caller that computed ``branch = F.linear(h, w, branch_bias.detach())``: the
             value is in the branch already, its gradient comes from the pass over the branch's gradient made here.
 

@@ -48,8 +48,7 @@ def resolved_dtype(x, branch, layer_scale, normed_dtype) -> torch.dtype:
     """`normed_dtype`, or where it is None what `F.layer_norm` would give here."""
     if normed_dtype is not None:
         return normed_dtype
-    dtype = sum_dtype(x, branch, layer_scale)
-    return accumulator(dtype) if torch.is_autocast_enabled(x.device.type) else dtype
+    return reference.layer_norm_dtype(x.device.type, sum_dtype(x, branch, layer_scale))
 
 
 def shared_gradient(x_dtype, branch_dtype, drop_scale, layer_scale) -> bool:

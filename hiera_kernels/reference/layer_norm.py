@@ -25,8 +25,8 @@ def add_layer_norm(
         eps: added to the variance.
         drop_scale: [B] or None: what each sample's branch is multiplied by; 0, or 1 / (1 - p) of drop path.
         layer_scale: [C] or None: what each channel of the branch is multiplied by.
-        normed_dtype: dtype of the second result; None is what ``F.layer_norm`` gives: fp32 under autocast, else the
-            dtype of the sum.
+        normed_dtype: dtype of the second result; None is what ``F.layer_norm`` gives: fp32 under autocast (but for the
+            CPU's), else the dtype of the sum.
         branch_bias: [C] or None. The branch holds it already; here it takes part with its gradient alone.
 
     Returns:
@@ -48,9 +48,7 @@ def add_layer_norm(
             branch = branch + (branch_bias - branch_bias.detach()).to(branch.dtype)
         total = residual_sum(x, branch, drop_scale, layer_scale)
     normed = _layer_norm(total, weight, bias, eps, normed_dtype)
-    if normed_dtype is None and not torch.is_autocast_enabled(x.device.type):
-        normed_dtype = total.dtype
-    return total, normed if normed_dtype is None else normed.to(normed_dtype)
+    return total, normed.to(layer_norm_dtype(x.device.type, total.dtype) if normed_dtype is None else normed_dtype)
 
 
 def sum_dtype(
@@ -67,6 +65,11 @@ def sum_dtype(
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """In which dtype numbers of ``dtype`` are added up: fp64 for fp64, else fp32."""
     return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def layer_norm_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
+    """Dtype that ``F.layer_norm`` gives for an input of ``dtype``: autocast runs it in fp32, the CPU's autocast not."""
+    return accumulator(dtype) if device_type != "cpu" and torch.is_autocast_enabled(device_type) else dtype
 
 
 def normalize(
