@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from benchmarks.op_costs import Cost, cost_of, kind_of, name_of, nonzero_cost, tensors
+from benchmarks.op_costs import Cost, cost_of, in_place, kind_of, name_of, nonzero_cost, tensors
 from benchmarks.op_places import Places
 from hiera_kernels.ops import calling
 
@@ -30,6 +30,8 @@ CUDA_EXTENSION = ("unroll", "reroll", "embed_tokens", "embed_tokens_backward")
 # What CUDA's autocast computes in fp32 and the CPU's does not, of the operations that Hiera uses.
 FP32_ON_CUDA = ("layer_norm", "pow.Tensor_Scalar", "pow.Tensor_Tensor")
 FP32_RESULT_ON_CUDA = ("softmax.int", "log_softmax.int", "sum", "sum.dim_IntList")
+# Nodes that write into zeros of their own making, but for tensors of a subclass, as fake ones are.
+SCATTERS_IN_PLACE = ("MaxBackward0", "MinBackward0", "IndexBackward0", "GatherBackward0")
 
 
 @dataclass
@@ -67,7 +69,11 @@ class _Seen(TorchDispatchMode):
         ):
             args = (args[0], [each for x in args[1] for each in self._positions(x)], *args[2:])
         out = func(*args, **kwargs)
-        self._record(func, cost_of(func, args, kwargs, out))
+        cost = cost_of(func, args, kwargs, out)
+        node = torch._C._current_autograd_node()
+        if node is not None and node.name() in SCATTERS_IN_PLACE:
+            cost = in_place(func, args, cost)
+        self._record(func, cost)
         self._follow(name, args, out)
         return out
 

@@ -11,7 +11,7 @@ the next is small beside activations of hundreds of megabytes.
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.utils.flop_counter import flop_registry
@@ -142,9 +142,9 @@ def _norm_backward(func, args, kwargs, out):
 
 
 def _safe_softmax(func, args, kwargs, out):
-    """softmax; then `== -inf` (a byte each), `all` of those, `where`; and two scalars."""
+    """softmax; then `isneginf` (a byte each), `all` of those, `where`; and a scalar."""
     n = out.numel()
-    return size_of(args[0]) + n + n + 4 * size_of(out), 6
+    return size_of(args[0]) + n + n + 4 * size_of(out), 5
 
 
 def _index(func, args, kwargs, out):
@@ -169,10 +169,18 @@ def _index_put(func, args, kwargs, out):
     The sort is counted as four passes of a radix sort, which is what 27-bit keys take.
     """
     target, indices, values = args[:3]
-    moved = once(tensors(indices)) + once([values]) + values.numel() * target.element_size()
+    copied = 0 if func._schema.is_mutable else 2 * size_of(target)
+    moved = copied + once(tensors(indices)) + once([values]) + values.numel() * target.element_size()
     accumulate = args[3] if len(args) > 3 else kwargs.get("accumulate", False)
     count = max((x.numel() for x in tensors(indices)), default=0)
-    return (moved + 4 * 32 * count, 8) if accumulate else (moved, 1)
+    return (moved + 4 * 32 * count, 8) if accumulate else (moved, 1 + bool(copied))
+
+
+def in_place(func: torch._ops.OpOverload, args: tuple, cost: Cost) -> Cost:
+    """An out-of-place scatter as autograd does it on tensors with data: in place, into zeros of its own making."""
+    if name_of(func) not in ("scatter", "scatter_add", "index_put"):
+        return cost
+    return replace(cost, bytes=cost.bytes - 2 * size_of(args[0]), launches=max(cost.launches - 1, 1))
 
 
 def nonzero_cost(mask: torch.Tensor, count: int) -> Cost:
@@ -203,6 +211,14 @@ def _long_attention_backward(func, args, kwargs, out):
     return passes * (size_of(grad_out) + size_of(qkv)) + saved + once(tensors(out)), passes
 
 
+def _window_attention_backward(func, args, kwargs, out):
+    """As above: two kernels where a window, or the whole map, has more than 64 keys."""
+    grad_out, qkv, window = args[0], args[1], args[4]
+    keys = math.prod(window) or qkv.shape[1] * qkv.shape[2]
+    passes = 2 if keys > 64 else 1
+    return passes * (size_of(grad_out) + size_of(qkv)) + once(tensors(out)), passes
+
+
 def _embed_tokens(func, args, kwargs, out):
     """With `keep` only the visible patches are read."""
     patches, position = args[0], args[1]
@@ -225,6 +241,7 @@ _SPECIAL = {
     **dict.fromkeys(("index_put", "index_put_", "_unsafe_index_put"), _index_put),
     **dict.fromkeys(("select_backward", "slice_backward"), _copy_if_given),
     "mask_unit_attention_backward": _long_attention_backward,
+    "window_attention_backward": _window_attention_backward,
     "embed_tokens": _embed_tokens,
 }
 
@@ -236,7 +253,7 @@ _KIND_OF = {
     **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward"), "GEMM"),
     **dict.fromkeys(("native_layer_norm", "native_layer_norm_backward"), "norm"),
     **dict.fromkeys(("gelu", "gelu_backward"), "GELU"),
-    **dict.fromkeys(("add", "add_", "mul", "div", "div_", "bernoulli_"), "add"),
+    **dict.fromkeys(("add", "add_", "addcmul", "mul", "div", "div_", "bernoulli_"), "add"),
     "_to_copy": "cast",
     **dict.fromkeys(("clone", "copy_", "stack", "cat", "select_backward", "slice_backward"), "copy"),
     **dict.fromkeys(("sum", "mean"), "sum"),

@@ -43,3 +43,42 @@ def kinds_of_steps(rows: list[dict], spec: str, path: Path) -> None:
     axes.legend(fontsize=7, loc="upper right")
     axes.margins(y=0.12)
     _saved(figure, path)
+
+
+def bars(labels: list[str], series: dict[str, list[float]], unit: str, title: str, path: Path, line: float = 0) -> None:
+    """Groups of horizontal bars: one group for each label, one bar for each series; `line` marks a value."""
+    figure, axes = pyplot.subplots(figsize=(7.5, 1.2 + 0.28 * len(labels) * max(len(series), 1)))
+    height = 0.8 / max(len(series), 1)
+    for j, (name, values) in enumerate(series.items()):
+        places = [i + (j - (len(series) - 1) / 2) * height for i in range(len(labels))]
+        axes.barh(places, values, height=height * 0.9, label=name)
+        for place, value in zip(places, values, strict=True):
+            if value:
+                axes.text(value, place, f" {value:.3g}", va="center", fontsize=7)
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.invert_yaxis()
+    if line:
+        axes.axvline(line, color="black", linewidth=0.8, linestyle="--")
+    axes.set_xlabel(unit)
+    axes.set_title(title, fontsize=9)
+    axes.margins(x=0.12)
+    if len(series) > 1:
+        axes.legend(fontsize=7)
+    _saved(figure, path)
+
+
+def curves(x: list[float], series: dict[str, list[float | None]], words: tuple[str, str, str], path: Path) -> None:
+    """One line for each series over `x`, both axes logarithmic; `words`: label of x, label of y, title."""
+    figure, axes = pyplot.subplots(figsize=(5.5, 4))
+    for name, values in series.items():
+        known = [(a, b) for a, b in zip(x, values, strict=True) if b is not None]
+        axes.plot(*zip(*known, strict=True), marker="o", label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(x, [f"{a:g}" for a in x])
+    axes.set_xlabel(words[0])
+    axes.set_ylabel(words[1])
+    axes.set_title(words[2], fontsize=9)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    _saved(figure, path)

@@ -42,6 +42,21 @@ PREDICTED = (
     ("mae_hiera_base_16x224", 16),
     ("hiera_base_16x224", 16),
 )
+RECOMPUTED = ("hiera_base_224", "mae_hiera_base_224")
+SCALING = {"resolution": (224, 448, 896, 1536), "batch": (1, 4, 16, 64, 256)}
+_OF_SCALING = (
+    "case",
+    "candidate",
+    "dtype",
+    "settings",
+    "batch",
+    "images",
+    "bytes",
+    "flops",
+    "launches",
+    "saved_bytes",
+    "ms",
+)
 
 
 def workload_for(model: str, batch: int, size: tuple[int, ...] | None = None) -> Workload:
@@ -191,26 +206,35 @@ def measured_like(row: dict, results: Path = RESULTS) -> dict | None:
 
 
 def predicted_rows(say=print) -> dict[str, list[dict]]:
-    """Everything that the README predicts, by name of the file: steps, and what autograd keeps by `recompute`."""
-    steps, memory = [], []
-    knows_recompute = "recompute" in inspect.signature(hiera_kernels.accelerate).parameters
+    """Everything that the documents predict, by name of the file.
+
+    Returns:
+        {"steps": the steps of PREDICTED; "recompute": what `accelerate(recompute=...)` changes; "scaling": Hiera-B over
+        resolutions and batches}.
+    """
+
+    def row(*args, **kwargs):
+        made = predict(*args, **kwargs)
+        say(text(made, "h100").partition("\n  stage")[0])
+        gc.collect()
+        return made
+
+    steps, recompute, scaling = [], [], []
     for model, batch in PREDICTED:
         workload = workload_for(model, batch)
-        for dtype in DTYPES:
-            for candidate in CANDIDATES:
-                if candidate == "accelerated hiera" and workload.objective != "mae":
-                    continue
-                steps.append(predict(candidate, workload, dtype))
-                say(text(steps[-1], "h100").partition("\n  stage")[0])
-                gc.collect()
-    for model, batch in PREDICTED[:1] + PREDICTED[2:3]:
-        workload = workload_for(model, batch)
-        candidate = "accelerated hiera" if workload.objective == "mae" else "accelerated"
-        for dtype in DTYPES if knows_recompute else ():
-            for recompute in RECOMPUTE:
-                memory.append(predict(candidate, workload, dtype, {"recompute": recompute}))
-                say(text(memory[-1], "h100").partition("\n  stage")[0])
-    return {"steps": steps, "recompute": memory}
+        names = CANDIDATES if workload.objective == "mae" else CANDIDATES[:3]
+        steps += [row(candidate, workload, dtype) for dtype in DTYPES for candidate in names]
+        if model in RECOMPUTED and "recompute" in inspect.signature(hiera_kernels.accelerate).parameters:
+            for dtype in DTYPES:
+                recompute += [row(names[-1], workload, dtype, {"recompute": setting}) for setting in RECOMPUTE]
+    for varies, values in SCALING.items():
+        for value in values:
+            size, batch = ((value, value), 8) if varies == "resolution" else ((224, 224), value)
+            workload = Workload("fine-tune", "hiera_base_224", batch, size)
+            for candidate in CANDIDATES[:3]:
+                made = row(candidate, workload)
+                scaling.append({key: made[key] for key in _OF_SCALING} | {"varies": varies, "size": list(size)})
+    return {"steps": steps, "recompute": recompute, "scaling": scaling}
 
 
 def written(rows: list[dict], path: Path, commit: str) -> None:

@@ -139,6 +139,16 @@ def test_attention_of_five_dimensions_is_computed_in_fp32_piece_by_piece():
     assert not any(op[4].tensor_cores for op in products)
 
 
+def test_a_maximum_scatters_its_gradient_in_place_and_keeps_64_bit_indices():
+    n, p, c = 50, 4, 24
+    step = counted(Scale(lambda weight: weight.max(0).values.square(), (p, n, c)), nothing)
+    found, one = moved(step), n * c * 4
+    assert found["max"] == [p * one + one + 2 * one]
+    # Zeros, then as many writes as there are gradients; on fake tensors autograd calls the scatter that copies first.
+    assert found["new_zeros" if "new_zeros" in found else "zeros"] == [p * one]
+    assert found["scatter"] == [2 * one + one + one]
+
+
 @pytest.mark.parametrize(("keys", "passes"), [(64, 1), (196, 2)])
 def test_our_attention_moves_what_it_must(keys, passes):
     b, w, p, h, d = 2, 5 if keys == 64 else 1, 4, 2, 24
