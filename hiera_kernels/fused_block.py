@@ -137,10 +137,20 @@ class FusedBlock(Target):
     def core(block: nn.Module, qkv: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """What lies between `qkv` and `proj`; `qkv` [B, ..., 3*C'] -> [B, ..., C'].
 
-        `bias` [3*C'] is not None where `qkv` was made with it detached, and is to receive its gradient from here: by
-        an op that takes it, or else by `hand_over.carried(qkv, bias)`, which takes the place of `qkv`.
+        `bias` [3*C'] is None unless `rides` says otherwise. Then `qkv` was made with it detached, and it is to receive
+        its gradient from here, as `attended` gives it.
         """
         raise NotImplementedError
+
+    @staticmethod
+    def rides(block: nn.Module) -> bool:
+        """Whether `core` gives a `bias` its gradient, which spares a pass over that of `qkv`."""
+        return False
+
+    @staticmethod
+    def keeps_tokens(block: nn.Module) -> bool:
+        """Whether `shortcut` gives `x` back as it is."""
+        return False
 
     @staticmethod
     def shortcut(block: nn.Module, x: torch.Tensor, normed: Normed) -> torch.Tensor:

@@ -13,9 +13,8 @@ from hiera_kernels.lookalike import Affine, Probe
 
 
 class Block(FusedBlock):
-    """`HieraBlock.forward` of hiera-transformer."""
+    """What the blocks of Hiera have in common in all libraries."""
 
-    name = "hiera_transformer.HieraBlock"
     looks_for = "a block with `norm1`, `attn`, `norm2`, `mlp`, `drop_path`, `dim` and `dim_out`"
     known = frozenset(("dim", "dim_out", "norm1", "attn", "norm2", "mlp", "drop_path", "proj"))
 
@@ -90,9 +89,25 @@ class Block(FusedBlock):
         return attended(qkv, bias, attn.heads, windows, attn.q_stride)
 
     @staticmethod
+    def keeps_tokens(block):
+        """Where the channels stay the same."""
+        return block.dim == block.dim_out
+
+    @staticmethod
     def shortcut(block, x, normed):
         """The max-pooled projection of norm1's output, where the channels change."""
         return x if block.dim == block.dim_out else normed.linear_q_pool(block.proj, block.attn.q_stride, "first")
+
+
+class PlainBlock(Block):
+    """`HieraBlock.forward` of hiera-transformer."""
+
+    name = "hiera_transformer.HieraBlock"
+
+    @staticmethod
+    def rides(block):
+        """By the op."""
+        return True
 
     @staticmethod
     def fused(module, x):
@@ -100,7 +115,7 @@ class Block(FusedBlock):
         return run(BLOCK, module, x)
 
 
-class ScaledBlock(Block):
+class ScaledBlock(PlainBlock):
     """`HieraBlock.forward` of the reference model: LayerScale, and a shortcut without a weight."""
 
     name = "hiera.HieraBlock"
@@ -166,7 +181,7 @@ class ScaledBlock(Block):
         return run(SCALED_BLOCK, module, x)
 
 
-BLOCK, SCALED_BLOCK = Block(), ScaledBlock()
+BLOCK, SCALED_BLOCK = PlainBlock(), ScaledBlock()
 TARGETS = (SCALED_BLOCK, BLOCK)
 
 
