@@ -20,7 +20,7 @@ def gelu_launches(width: int, dtype: torch.dtype, rows: int = 4096, device: str 
     nothing, no_sums = x.new_empty(0), x.new_empty(0, dtype=torch.float32)
     return {
         "gelu": activation.plan_forward(x, torch.empty_like(x)),
-        "gelu_backward": activation.plan_backward(x, x, torch.empty_like(x), nothing, no_sums),
+        "gelu_backward": activation.plan_backward(torch.empty_like(x), x, torch.empty_like(x), nothing, no_sums),
         "gelu_backward output bias": activation.plan_backward(
             torch.empty_like(x), x, torch.empty_like(x), torch.empty_like(x), activation.partial_sums(x)
         ),
