@@ -1,0 +1,48 @@
+"""The attention kernels in configurations that the rules would not choose, in Triton's interpreter, against the oracle.
+
+Broken on purpose: a legality check that forgot COPIES * S <= BLOCK_S, which the first shape turns red.
+"""
+
+import random
+
+import pytest
+import torch
+
+from benchmarks import tune_space
+from benchmarks.attention_shapes import AttentionShape
+from benchmarks.tune_gpu import configured, plan
+from tests import attention_oracle as oracle
+from tests.interpreter import marks
+
+pytestmark = marks
+
+
+def _few(key, count):
+    tried = tune_space.candidates(key)
+    return [tried[0], *random.Random(0).sample(tried[1:], min(count, len(tried) - 1))]
+
+
+INTERPRETED = [
+    (key, tile)
+    for S, P, D in ((4, 4, 8), (5, 4, 24), (16, 4, 24), (40, 2, 24))
+    for key in ((d, S, S * P, D, 32, 9) for d in tune_space.directions(S * P))
+    for tile in _few(key, 3)
+]
+
+
+@pytest.mark.parametrize(("key", "tile"), INTERPRETED, ids=lambda x: "-".join(map(str, x)))
+def test_what_is_tried_computes_the_same(key, tile):
+    direction, S, K, D, _, _ = key
+    shape = AttentionShape("toy", "", K * 2, 2, K // S, 2, D)
+    qkv, grad = torch.randn(1, shape.N, 3 * shape.C), torch.randn(1, 2 * S, shape.C)
+    with configured(key, tile):
+        launches, _, (got,) = plan(key, shape, qkv, grad, (9, 0))
+        got.fill_(float("nan"))
+        for launch in launches:
+            launch.run()
+    arguments = (shape.H, shape.W, shape.P, None)
+    if direction == "forward":
+        wanted = oracle.attention(qkv.double().numpy(), *arguments)[0]
+    else:
+        wanted = oracle.attention_backward(grad.double().numpy(), qkv.double().numpy(), *arguments, "first")
+    assert torch.allclose(got.double(), torch.from_numpy(wanted), rtol=1e-4, atol=1e-5)
