@@ -80,6 +80,8 @@ def cost_of(func: torch._ops.OpOverload, args: tuple, kwargs: dict, out: object)
     name = name_of(func)
     if name in _FREE or func.namespace == "prim" or is_view(func, args, out):
         return NOTHING
+    if not func._schema.is_mutable and not any(True for _ in tensors(out)):
+        return NOTHING  # asks a question: dtypes, sizes
     special = _SPECIAL.get(name)
     if special is not None:
         moved, launches = special(func, args, kwargs, out)

@@ -94,6 +94,7 @@ def predict(
     dtype: str = "autocast",
     settings: dict | None = None,
     specs: dict[str, Spec] = SPECS,
+    model: nn.Module | None = None,
 ) -> dict:
     """One row of predicted/<name>.json (schema: results/README.md).
 
@@ -103,9 +104,10 @@ def predict(
         dtype: "autocast", or "cast" for a model in bf16.
         settings: for `accelerate`.
         specs: devices to predict for, by name.
+        model: the candidate's model if it is built already; it is left with weights of the dtype, without data.
     """
     settings = settings or {}
-    model = built(candidate, workload, settings)
+    model = built(candidate, workload, settings) if model is None else model
     stage_ends = list(getattr(model, "stage_ends", []))
     low = torch.bfloat16
     step = count(
@@ -213,20 +215,22 @@ def predicted_rows(say=print) -> dict[str, list[dict]]:
         resolutions and batches}.
     """
 
-    def row(*args, **kwargs):
-        made = predict(*args, **kwargs)
+    def row(*args):
+        made = predict(*args)
         say(text(made, "h100").partition("\n  stage")[0])
         gc.collect()
         return made
 
     steps, recompute, scaling = [], [], []
-    for model, batch in PREDICTED:
-        workload = workload_for(model, batch)
-        names = CANDIDATES if workload.objective == "mae" else CANDIDATES[:3]
-        steps += [row(candidate, workload, dtype) for dtype in DTYPES for candidate in names]
-        if model in RECOMPUTED and "recompute" in inspect.signature(hiera_kernels.accelerate).parameters:
-            for dtype in DTYPES:
-                recompute += [row(names[-1], workload, dtype, {"recompute": setting}) for setting in RECOMPUTE]
+    for name, batch in PREDICTED:
+        workload = workload_for(name, batch)
+        candidates = CANDIDATES if workload.objective == "mae" else CANDIDATES[:3]
+        for candidate in candidates:
+            model = rivals.build(candidate, workload, workload.size)
+            for dtype in DTYPES:  # "cast" comes last: it is for good
+                steps.append(row(candidate, workload, dtype, {}, SPECS, model))
+        for setting in RECOMPUTE if name in RECOMPUTED else ():
+            recompute.append(row(candidates[-1], workload, "autocast", {"recompute": setting}))
     for varies, values in SCALING.items():
         for value in values:
             size, batch = ((value, value), 8) if varies == "resolution" else ((224, 224), value)
