@@ -13,7 +13,7 @@ import torch
 from benchmarks.attention_shapes import AttentionShape, distinct, published
 from hiera_kernels.kernels import attention, attention_backward
 from hiera_kernels.kernels.launch_table import MAX_KEYS, Launch
-from tests.gates import feed_forward_cases, row_cases
+from tests.gates import feed_forward_cases, row_cases, window_cases
 from tests.gates.compiled import CAPABILITIES, Job
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -117,6 +117,7 @@ def jobs(everything: bool = False) -> list[Job]:
             found.append(Job(launch, capability, strict=sixteen, tensor_cores=sixteen, labels=labels))
     found += feed_forward_cases.jobs(everything)
     found += row_cases.jobs(everything)
+    found += window_cases.jobs(everything)
     return found
 
 
