@@ -4,6 +4,7 @@ Source: timm 1.0.31, `timm/models/hieradet_sam2.py` (MultiScaleAttention, MultiS
 pairs for window sizes, layer scale, two drop paths, an Identity where channels stay, and a flag `fused_attn`.
 """
 
+import torch.nn.functional as F
 from torch import nn
 
 from hiera_kernels.adapters import sam2
@@ -17,9 +18,12 @@ from hiera_kernels.adapters.sam2_parts import (
     pool_stride,
     serves,
 )
+from hiera_kernels.block_classes import MlpClass
 from hiera_kernels.block_pass import run
 from hiera_kernels.fused_block import FusedBlock, Parts
 from hiera_kernels.lookalike import Probe
+from hiera_kernels.plain_modules import is_erf_gelu, is_heard
+from hiera_kernels.recognise import Target, refusal
 
 
 class Attention(sam2.Attention):
@@ -55,12 +59,54 @@ class Attention(sam2.Attention):
         return attend(module, x, module.num_heads, None, pool_stride(module.q_pool), used_scale(module))
 
 
+class GeluClass(Target):
+    """timm's module around `F.gelu`, which is not PyTorch's."""
+
+    name = "timm.GELU"
+    looks_for = "GELU by the error function"
+    ops = ("gelu",)
+
+    def resembles(self, module):
+        """Whatever holds nothing."""
+        return not module._modules and not module._parameters
+
+    def obstacle(self, module):
+        """None beyond what it resembles."""
+        return None if self.resembles(module) else "it holds something"
+
+    def probes(self, module, fresh):
+        """Tokens."""
+        return [Probe("tokens", {}, (fresh(2, 5, 4),))]
+
+    @staticmethod
+    def fused(module, input):
+        """input [..., C] -> [..., C]."""
+        return F.gelu(input)
+
+
+_GELU = GeluClass()
+_GELU_CLASSES: set[type] = set()
+
+
+class Mlp(MlpClass):
+    """timm's, with timm's activation, whose class is judged on the way."""
+
+    name = "timm.Mlp"
+
+    def obstacle(self, module):
+        """None beyond what it resembles."""
+        reason = super().obstacle(module)
+        if reason is None and refusal(module.act, _GELU) is None:
+            _GELU_CLASSES.add(type(module.act))
+        return reason
+
+
 class Block(sam2.Block):
     """`MultiScaleBlock.forward` of timm."""
 
     name = "timm.MultiScaleBlock"
     looks_for = "the same with `is_windowed`, `drop_path1` and `drop_path2` (timm)"
-    mlp_class = FusedBlock.mlp_class
+    mlp_class = Mlp()
     known = (sam2.Block.known - {"drop_path"}) | {"is_windowed", "ls1", "ls2", "drop_path1", "drop_path2"}
     attention = Attention()
 
@@ -124,6 +170,11 @@ class Block(sam2.Block):
     mlp_layers = staticmethod(FusedBlock.mlp_layers)
 
     @staticmethod
+    def is_gelu(act):
+        """PyTorch's module, or timm's."""
+        return is_erf_gelu(act) or (type(act) in _GELU_CLASSES and not is_heard(act))
+
+    @staticmethod
     def window(block):
         """Height and width of the windows; None where attention is global."""
         return tuple(block.window_size) if block.is_windowed else None
@@ -138,7 +189,7 @@ class Block(sam2.Block):
     def core(cls, block, qkv, bias):
         """Attention in the windows of a map; qkv [B, Hs, Ws, 3*C'] -> [B, Hs', Ws', C']."""
         attn = block.attn
-        return attended(attn, qkv, attn.num_heads, cls.window(block), block.q_stride, used_scale(attn))
+        return attended(attn, qkv, bias, attn.num_heads, cls.window(block), block.q_stride, used_scale(attn))
 
     @staticmethod
     def applies(module, x):

@@ -178,7 +178,9 @@ class Block(FusedBlock):
     def core(block, qkv, bias):
         """Attention in the windows of a map; qkv [B, Hs, Ws, 3*C'] -> [B, Hs', Ws', C']."""
         attn = block.attn
-        return attended(attn, qkv, attn.num_attention_heads, _window(block), block.query_stride or None, attn.scale)
+        return attended(
+            attn, qkv, bias, attn.num_attention_heads, _window(block), block.query_stride or None, attn.scale
+        )
 
     @staticmethod
     def shortcut(block, x, normed):

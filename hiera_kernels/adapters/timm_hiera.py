@@ -12,9 +12,8 @@ from hiera_kernels.adapters import hiera_block
 from hiera_kernels.adapters.hiera_transformer import Attention
 from hiera_kernels.adapters.sam2_parts import Mixer
 from hiera_kernels.block_pass import run
-from hiera_kernels.fused_block import Parts
+from hiera_kernels.fused_block import Parts, attended
 from hiera_kernels.lookalike import Probe
-from hiera_kernels.ops.attention import mask_unit_attention
 
 
 class TimmAttention(Attention):
@@ -50,7 +49,7 @@ class TimmAttention(Attention):
     @staticmethod
     def fused(module, x):
         """`proj(op(qkv(x)))`; x [B, N, dim] -> [B, N/q_stride, dim_out], unrolled order."""
-        return module.proj(_attended(module, module.qkv(x)))
+        return module.proj(_attended(module, module.qkv(x), None))
 
 
 class TimmBlock(hiera_block.Block):
@@ -117,7 +116,7 @@ class TimmBlock(hiera_block.Block):
     @staticmethod
     def core(block, qkv, bias):
         """Mask-unit attention; qkv [B, N, 3*C'] -> [B, N/q_stride, C']."""
-        return _attended(block.attn, qkv)
+        return _attended(block.attn, qkv, bias)
 
     @staticmethod
     def shortcut(block, x, normed):
@@ -135,10 +134,10 @@ class TimmBlock(hiera_block.Block):
         return run(BLOCK, module, x)
 
 
-def _attended(attn, qkv):
+def _attended(attn, qkv, bias):
     windows = qkv.shape[1] // (attn.q_stride * attn.window_size) if attn.use_mask_unit_attn else 1
     scale = None if attn.fused_attn else attn.scale
-    return mask_unit_attention(qkv, attn.heads, windows, attn.q_stride, scale, ties="split")
+    return attended(qkv, bias, attn.heads, windows, attn.q_stride, scale, ties="split")
 
 
 BLOCK = TimmBlock()

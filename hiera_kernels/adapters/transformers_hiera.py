@@ -10,9 +10,8 @@ from hiera_kernels.adapters import transformers_parts
 from hiera_kernels.adapters.hiera_transformer import GRIDS, RerollOrder
 from hiera_kernels.adapters.sam2_parts import Drop, Mixer, Norm
 from hiera_kernels.block_pass import run
-from hiera_kernels.fused_block import FusedBlock, MlpLayers, Parts
+from hiera_kernels.fused_block import FusedBlock, MlpLayers, Parts, attended
 from hiera_kernels.lookalike import Affine, Probe
-from hiera_kernels.ops.attention import mask_unit_attention
 from hiera_kernels.ops.token_order import reroll, reroll_masked
 from hiera_kernels.recognise import Target
 
@@ -93,13 +92,13 @@ class TransformersAttention(Target):
     @staticmethod
     def fused(module, hidden_states, output_attentions=False):
         """hidden_states [B, N, dim] -> ([B, N/query_stride, hidden_size_output], None), unrolled order."""
-        return module.proj(_attended(module, module.qkv(hidden_states))), None
+        return module.proj(_attended(module, module.qkv(hidden_states), None)), None
 
 
-def _attended(attn, qkv):
+def _attended(attn, qkv, bias):
     stride = attn.query_stride
     windows = qkv.shape[1] // (stride * attn.window_size) if attn.use_mask_unit_attn else 1
-    return mask_unit_attention(qkv, attn.num_heads, windows, stride, attn.scale)
+    return attended(qkv, bias, attn.num_heads, windows, stride, attn.scale)
 
 
 class Layer(FusedBlock):
@@ -179,7 +178,7 @@ class Layer(FusedBlock):
     @staticmethod
     def core(block, qkv, bias):
         """Mask-unit attention; qkv [B, N, 3*C'] -> [B, N/query_stride, C']."""
-        return _attended(block.attn, qkv)
+        return _attended(block.attn, qkv, bias)
 
     @staticmethod
     def shortcut(block, x, normed):

@@ -4,8 +4,6 @@ Source: transformers 5.23, `models/hiera/modeling_hiera.py` (HieraMlp, HieraDrop
 (Sam2FeedForward), `activations.py` (GELUActivation).
 """
 
-import weakref
-
 import torch
 import torch.nn.functional as F
 
@@ -43,7 +41,7 @@ class ActivationClass(Target):
 
 _ACTIVATION = ActivationClass()
 # Classes of activations that call `act` and do nothing else.
-_CALLERS: "weakref.WeakSet[type]" = weakref.WeakSet()
+_CALLERS: set[type] = set()
 
 
 def is_gelu(act) -> bool:
