@@ -7,7 +7,7 @@
 #
 # The default OUT_DIR is benchmarks/results/<machine>. Needs torch >= 2.11 built for CUDA, Triton >= 3.6, pytest, nvcc
 # and ninja, and no network; uses the Python of the calling shell (PYTHON=... names another). What it does, in which
-# order, and what stops what: benchmarks/gpu_run.py.
+# order, and what stops what: benchmarks/gpu_run.py. COMMIT=... says what is run where there is no .git.
 #
 # Rivals of whole steps: hiera-transformer is looked for in .upstream/ (`make test` puts it there, 216 KB: carry that
 # folder along), timm where Python finds it. For SAM 2's encoders copy the packages sam2, hydra, omegaconf, iopath and
@@ -15,4 +15,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}:$PWD/.upstream"
-exec "${PYTHON:-python3}" -m benchmarks.gpu_run ${BUDGET_S:+--budget "$BUDGET_S"} ${ONLY:+--only "$ONLY"} "$@"
+exec "${PYTHON:-python3}" -m benchmarks.gpu_run ${BUDGET_S:+--budget "$BUDGET_S"} ${ONLY:+--only "$ONLY"} \
+  ${COMMIT:+--commit "$COMMIT"} "$@"

@@ -99,23 +99,33 @@ def planned(options: argparse.Namespace, scratch: Path) -> list[Step]:
     ]
     steps += test_steps(python, scratch, options.workers)
     for tool in ("memcheck", "racecheck"):
-        sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
+        sanitizer = [program("compute-sanitizer") or "compute-sanitizer", "--tool", tool]
+        sanitizer += ["--error-exitcode", "9", "--print-limit", "20"]
         # Each tensor in an allocation of its own: a byte behind it is then out of bounds.
         allocator = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"] if tool == "memcheck" else []
         command = [*allocator, *sanitizer, python, "-m", "benchmarks.spots"]
         steps.append(Step("sanitize", tool, command, 20, 75, OPS))
-    ops = [python, "-m", "benchmarks.ops", "--json", str(out / "ops.json"), "--seconds", "0.4"]
-    steps.append(Step("ops", "ops", ops, 25, 150, OPS))
-    model = [python, "-m", "benchmarks.model", "--json", str(out / "model.json")]
+    commit = ["--commit", options.commit] if options.commit else []
+    ops = [python, "-m", "benchmarks.ops", "--json", str(out / "ops.json"), "--seconds", "0.3", *commit]
+    steps.append(Step("ops", "eager rivals", [*ops, "--compile", "0"], 25, 130, OPS))
+    model = [python, "-m", "benchmarks.model", "--json", str(out / "model.json"), *commit]
     steps.append(Step("model", "model", model, 30, 200))
+    steps.append(Step("ops", "compiled rivals", [*ops, "--compile", "1", "--update", "--first", "1"], 40, 120, OPS))
     # Classification is augmented by kornia.
     curves = [] if importlib.util.find_spec("kornia") else ["--objectives", "mae"]
     curves += ["--json", str(out / "convergence.json"), "--plot", str(out / "convergence.png")]
+    curves += commit
     steps.append(Step("convergence", "convergence", [python, "-m", "benchmarks.convergence", *curves], 40, 120))
     tune = [python, "-m", "benchmarks.ops", "mask_unit_attention", "--tune", "--json", str(out / "tune.json")]
     tune += ["--write", str(out / "launch_table.py")]
     steps.append(Step("tune", "tune", tune, 30, 400, ("mask_unit_attention",)))
     return [step for step in steps if not options.only or step.kind == options.only or step.kind == "build"]
+
+
+def program(name: str) -> str | None:
+    """Where a tool of CUDA is: on PATH, or where CUDA is installed."""
+    homes = [os.environ.get("CUDA_HOME", "/usr/local/cuda"), "/usr/local/cuda"]
+    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes)]))
 
 
 class Session:
@@ -168,7 +178,7 @@ class Session:
         if step.report:
             entry["failures"] = failures(step.report)
         if step.kind == "build" and code == 0:
-            self.environment = described()
+            self.environment = described() | {"commit": self.options.commit}
         return entry | {"status": self.verdict(step, code, limit)}
 
     def refusal(self, step: Step) -> str | None:
@@ -176,8 +186,8 @@ class Session:
         built = any(e["kind"] == "build" and e["status"] == "green" for e in self.done)
         if step.kind == "build" and built:
             return "not needed"
-        if step.kind == "sanitize" and shutil.which("compute-sanitizer") is None:
-            return "left out: compute-sanitizer is not on PATH"
+        if step.kind == "sanitize" and program("compute-sanitizer") is None:
+            return "left out: compute-sanitizer is neither on PATH nor in CUDA's bin"
         if step.kind in ("model", "convergence") and (self.red_models or self.red_ops):
             red = [*self.red_ops, *filter(None, [self.red_models])]
             return f"left out: red tests of {', '.join(red)}"
@@ -262,8 +272,8 @@ def failures(report: Path) -> list[str]:
 def described() -> dict:
     """The machine, in a process of its own: this one shall hold no GPU memory."""
     script = (
-        "import json, torch; from benchmarks.machine import *; d = torch.device('cuda');"
-        "print(json.dumps(environment(d) | {'commit': current_commit()}))"
+        "import json, torch; from benchmarks.machine import environment;"
+        "print(json.dumps(environment(torch.device('cuda'))))"
     )
     asked = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     return json.loads(asked.stdout.splitlines()[-1]) if asked.returncode == 0 else {"error": asked.stderr[-500:]}
@@ -304,7 +314,7 @@ def dry_run(steps: list[Step]) -> int:
             bad += 1
             print(f"{'':12}UNRESOLVED: {problem}")
     for tool in ("nvcc", "ninja", "compute-sanitizer", "g++"):
-        print(f"{tool:20}{shutil.which(tool) or 'not found on this machine'}")
+        print(f"{tool:20}{program(tool) or 'not found on this machine'}")
     return int(bad > 0)
 
 
@@ -322,6 +332,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("out", nargs="?", type=Path, metavar="OUT_DIR", help="default: benchmarks/results/<machine>")
     parser.add_argument("--budget", type=float, default=540, help="seconds for everything (default: %(default)s)")
     parser.add_argument("--only", choices=STEPS, help="one kind of step; the extension is built all the same")
+    parser.add_argument("--commit", help="what is run, where the checkout cannot tell (default: git's answer)")
     parser.add_argument("--dry-run", action="store_true", help="print every step and check that it could start")
     parser.add_argument("--workers", type=int, help="test processes (default: 6 with pytest-xdist, else 0)")
     return parser
@@ -332,6 +343,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.workers is None:
         options.workers = 6 if importlib.util.find_spec("xdist") else 0
+    from benchmarks.machine import current_commit
+
+    options.commit = options.commit or current_commit()
     with tempfile.TemporaryDirectory() as scratch:
         if options.dry_run:
             options.out = options.out or Path("OUT_DIR")
@@ -342,6 +356,8 @@ def main(arguments: list[str] | None = None) -> int:
             sys.exit("this Python has no torch; name one that has: PYTHON=... bash benchmarks/gpu.sh")
         if not torch.cuda.is_available():
             sys.exit("torch sees no NVIDIA GPU here; everything that needs none is in `make test`")
+        if not options.commit:
+            sys.exit("no commit is known here, and numbers without one are worth nothing: COMMIT=... names it")
         options.out = (options.out or default_out()).resolve()
         return Session(options, planned(options, Path(scratch))).run()
 

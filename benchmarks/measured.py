@@ -9,6 +9,9 @@ from benchmarks import parity, timing
 from benchmarks.timing import Samples
 from benchmarks.trial import CLONE, OURS, Case, Trial, differentiable, first_line, leaves_of, verdicts
 
+# What one candidate may hold between forward and backward. Beyond it fewer input sets take turns, which is as good: no
+# cache holds so much.
+HELD_BYTES = 2 << 30
 NOT_TIMED = ("median_us", "p20_us", "p80_us", "gb_per_s", "of_clone", "of_copy")
 
 
@@ -55,7 +58,7 @@ def _rows_of_pass(case, trial, name, found, inputs, device, seconds, copy_gb_per
     for candidate, (verdict, _) in status.items():
         if verdict == parity.GREEN:
             try:
-                calls[candidate], *for_graph[candidate] = _calls(trial, candidate, name, inputs)
+                calls[candidate], *for_graph[candidate] = _calls(trial, candidate, name, inputs, device)
             except Exception as raised:
                 status[candidate] = (verdict, first_line(raised))
     blocks = [torch.empty(moved // 2, dtype=torch.uint8, device=device).random_() for _ in inputs]
@@ -112,8 +115,8 @@ def _status(found: dict, name: str) -> tuple[str, str | None]:
     return parity.GREEN, None
 
 
-def _calls(trial: Trial, candidate: str, name: str, inputs: list) -> tuple[Callable, Callable | None, Callable]:
-    """What is timed, as a function of the number of an input set; and for a graph: (what comes before, call)."""
+def _calls(trial: Trial, candidate: str, name: str, inputs: list, device: torch.device) -> tuple:
+    """What is timed, as a function of an input set's number; for a graph: what comes before, call, how many sets."""
     function = trial.candidates[candidate]
 
     def forward(i):
@@ -128,29 +131,27 @@ def _calls(trial: Trial, candidate: str, name: str, inputs: list) -> tuple[Calla
             with torch.no_grad():
                 return function(*inputs[i])
 
-        return plain, None, plain
+        return plain, None, plain, len(inputs)
     grads = [[torch.randn_like(x.detach()) for x in forward(i)] for i in range(len(inputs))]
+    kept = _peak(functools.partial(forward, 0), device) or 0
+    count = min(len(inputs), max(1, HELD_BYTES // max(1, kept)))
     if name == "both":
 
         def both(i):
             outputs = forward(i)
             return outputs, backward(i, outputs, retain=False)
 
-        return both, None, both
-    held = [forward(i) for i in range(len(inputs))]
-    return lambda i: backward(i, held[i]), forward, backward
+        return both, None, both, count
+    held = [forward(i) for i in range(count)]
+    return lambda i: backward(i % count, held[i % count]), forward, backward, count
 
 
 def _graph_samples(parts, blocks, device, seconds, rounds):
     """Samples of a candidate's graph and, paired with it, of a graph of clones; or None and the error."""
-    count = len(blocks)
+    before, call, count = parts or (None, None, len(blocks))
     try:
         clone = timing.Captured(lambda i: blocks[i].clone(), count)
-        if parts is None:
-            ours = clone
-        else:
-            before, call = parts
-            ours = timing.Captured(call, count, before)
+        ours = timing.Captured(call, count, before) if call else clone
         both = {OURS: ours, CLONE: clone}
         taken = timing.paired(both, [()], device, seconds, (rounds[0], rounds[1]))
     except Exception as error:

@@ -106,15 +106,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, help="time for each table (default: 1, with --quick 0.2)")
     parser.add_argument("--seconds-budget", type=float, default=float("inf"), help="start no case after so long")
     parser.add_argument("--only", default="", help="only cases whose label holds this text")
+    parser.add_argument("--first", type=int, metavar="N", help="only the first N cases of each op, the most important")
     parser.add_argument("--quick", action="store_true", help="one case per op, forward and backward, few rounds")
     parser.add_argument(
         "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="torch.compile and FlexAttention among the rivals (default: on a GPU)",
+        type=int,
+        metavar="N",
+        help="torch.compile and FlexAttention as rivals in the first N cases of each op (default: 1 on a GPU, else 0)",
     )
     parser.add_argument("--no-graphs", action="store_true", help="on a GPU, eager calls only")
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number to FILE as well")
+    parser.add_argument("--update", action="store_true", help="keep what FILE has of other tables, of the same commit")
     parser.add_argument("--commit", help="what is measured, where the checkout cannot tell (default: git's answer)")
     return parser
 
@@ -126,9 +129,14 @@ def _chosen(parser: argparse.ArgumentParser, options: argparse.Namespace, device
     if options.shape and not options.ops:
         parser.error("--shape needs the ops that it is for, e.g. mask_unit_attention --shape hiera_base_224.stage1")
     try:
-        found = {name: OPS[name](name, device, options) for name in options.ops or OPS}
+        plain = argparse.Namespace(**{**vars(options), "compile": False})
+        found = {name: OPS[name](name, device, plain) for name in options.ops or OPS}
+        if options.compile:  # the first of each again, with more rivals
+            compiled = {name: OPS[name](name, device, options) for name in found}
+            found = {name: compiled[name][: options.compile] + found[name][options.compile :] for name in found}
     except ValueError as error:
         parser.error(str(error))
+    found = {name: cases[: options.first] for name, cases in found.items()}
     cases = [case for case in most_important_first(found) if options.only in case.label]
     if not cases:
         parser.error(f"no case holds {options.only!r}")
@@ -148,12 +156,20 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     if options.compile is None:
-        options.compile = device.type == "cuda"
+        options.compile = int(device.type == "cuda")
     cases = _chosen(parser, options, device)
     if options.list:
         print("\n".join(f"{case.op}  {case.label}" for case in cases))
         return 0
     return run(cases, device, options)
+
+
+def _earlier(path: Path | None, commit: str) -> list[dict]:
+    """The rows that a file of the same commit has."""
+    if path is None or not path.exists():
+        return []
+    content = json.loads(path.read_text())
+    return content["results"] if content["environment"].get("commit") == commit else []
 
 
 def run(cases: list[Case], device: torch.device, options: argparse.Namespace) -> int:
@@ -164,11 +180,14 @@ def run(cases: list[Case], device: torch.device, options: argparse.Namespace) ->
     about = environment(device) | ceilings(device) | {"commit": options.commit or current_commit()}
     print("  ".join(f"{key} {value}" for key, value in about.items()), flush=True)
     results, left_out, bad = [], [], []
+    earlier = _earlier(options.json, about["commit"]) if options.update else []
 
     def write() -> None:
         if options.json:
             options.json.parent.mkdir(parents=True, exist_ok=True)
-            content = {"environment": about, "results": results, "left_out": left_out}
+            measured_now = {(row["op"], row["case"]) for row in results}
+            kept = [row for row in earlier if (row["op"], row["case"]) not in measured_now]
+            content = {"environment": about, "results": kept + results, "left_out": left_out}
             options.json.write_text(json.dumps(content, indent=1) + "\n")
 
     for case in tqdm(cases, unit="case", disable=not sys.stderr.isatty()):

@@ -77,7 +77,7 @@ def test_every_op_is_known_and_every_file_of_gpu_tests_is_about_something():
 def session(tmp_path, monkeypatch):
     """Runs steps whose commands are one line of Python each; yields (their entries by name, the folder)."""
     monkeypatch.setattr(gpu_run, "described", lambda: {"gpu": "none", "commit": "abc"})
-    monkeypatch.setattr(gpu_run.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(gpu_run, "program", lambda name: f"/usr/bin/{name}")
 
     def run(*steps, budget=60.0):
         options = gpu_run._parser().parse_args([str(tmp_path), "--budget", str(budget)])
