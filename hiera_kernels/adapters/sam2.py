@@ -211,7 +211,12 @@ class Block(FusedBlock):
     @classmethod
     def core(cls, block, qkv, bias):
         """Attention in the windows of a map; qkv [B, Hs, Ws, 3*C'] -> [B, Hs', Ws', C']."""
-        return attended(block.attn, qkv, bias, block.attn.num_heads, cls.window(block), block.q_stride)
+        return attended(block.attn, qkv, block.attn.num_heads, cls.window(block), block.q_stride)
+
+    @staticmethod
+    def keeps_tokens(block):
+        """Where the channels stay the same."""
+        return block.dim == block.dim_out
 
     @staticmethod
     def shortcut(block, x, normed):

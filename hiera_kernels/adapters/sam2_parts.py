@@ -9,19 +9,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from hiera_kernels.hand_over import carried
 from hiera_kernels.lookalike import Affine
 from hiera_kernels.ops.windows import window_attention
 from hiera_kernels.plain_modules import is_heard, is_readable_linear
 from hiera_kernels.subclass import target_of
 
 
-def attended(attn, qkv, bias, num_heads, window_size, q_stride, scale=None):
+def attended(attn, qkv, num_heads, window_size, q_stride, scale=None):
     """What lies between two linear layers that are read; qkv [B, Hs, Ws, 3*dim_out] -> [B, Hs', Ws', dim_out].
 
-    Arguments as of `FusedBlock.core` and `attend`. The row of a zero token is the bias of the layer.
+    Arguments as of `attend`. The row of a zero token is the bias of the layer.
     """
-    qkv = qkv if bias is None else carried(qkv, bias)
     pad = None
     if _overhangs(qkv, window_size) and attn.qkv.bias is not None:
         pad = attn.qkv.bias.to(qkv.dtype)

@@ -189,7 +189,7 @@ class Block(sam2.Block):
     def core(cls, block, qkv, bias):
         """Attention in the windows of a map; qkv [B, Hs, Ws, 3*C'] -> [B, Hs', Ws', C']."""
         attn = block.attn
-        return attended(attn, qkv, bias, attn.num_heads, cls.window(block), block.q_stride, used_scale(attn))
+        return attended(attn, qkv, attn.num_heads, cls.window(block), block.q_stride, used_scale(attn))
 
     @staticmethod
     def applies(module, x):

@@ -178,9 +178,13 @@ class Block(FusedBlock):
     def core(block, qkv, bias):
         """Attention in the windows of a map; qkv [B, Hs, Ws, 3*C'] -> [B, Hs', Ws', C']."""
         attn = block.attn
-        return attended(
-            attn, qkv, bias, attn.num_attention_heads, _window(block), block.query_stride or None, attn.scale
-        )
+        heads, stride = attn.num_attention_heads, block.query_stride or None
+        return attended(attn, qkv, heads, _window(block), stride, attn.scale)
+
+    @staticmethod
+    def keeps_tokens(block):
+        """Where the channels stay the same."""
+        return block.dim == block.dim_out
 
     @staticmethod
     def shortcut(block, x, normed):

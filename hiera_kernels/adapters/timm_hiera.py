@@ -119,6 +119,16 @@ class TimmBlock(hiera_block.Block):
         return _attended(block.attn, qkv, bias)
 
     @staticmethod
+    def rides(block):
+        """By the op."""
+        return True
+
+    @staticmethod
+    def keeps_tokens(block):
+        """Where the channels stay the same."""
+        return not block.do_expand
+
+    @staticmethod
     def shortcut(block, x, normed):
         """Where channels change: the pooled projection of norm1's output, or maximum and mean of `x` side by side."""
         if not block.do_expand:

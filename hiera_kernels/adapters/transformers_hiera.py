@@ -181,6 +181,16 @@ class Layer(FusedBlock):
         return _attended(block.attn, qkv, bias)
 
     @staticmethod
+    def rides(block):
+        """By the op."""
+        return True
+
+    @staticmethod
+    def keeps_tokens(block):
+        """Where the channels stay the same."""
+        return block.hidden_size == block.hidden_size_output
+
+    @staticmethod
     def shortcut(block, x, normed):
         """The max-pooled projection of the first norm's output, where the channels change."""
         if block.hidden_size == block.hidden_size_output:
