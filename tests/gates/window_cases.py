@@ -57,14 +57,17 @@ def odd() -> list[WindowShape]:
 
 
 def _models() -> Iterator[tuple[WindowShape, str, str, tuple[int, int]]]:
-    """What `make test` compiles: one D of each window on sm_90; what overhangs, and what needed tuning, elsewhere."""
+    """What `make test` compiles: one D of each window on sm_90, and what is tightest elsewhere.
+
+    Whole windows of queries that are not pooled are left to `make gate`: they differ least from mask-unit attention.
+    """
     for shape, direction in itertools.product(served(), ("forward", "backward")):
-        # 14 and 7 overhang at 1024 pixels, and have no kernel of mask-unit attention for a brother.
-        if shape.D == 96 or (shape.window, shape.D) == (16, 72):
+        hard = overhangs(shape) or shape.pool > 1
+        if (shape.D == 96 and hard) or (shape.window, shape.pool, shape.D) == (16, 1, 72):
             yield shape, direction, "bf16", (9, 0)
-        if shape.D == 56 and shape.window in (7, 14):
+        if shape.D == 56 and direction == "backward" and (shape.window, shape.pool) in ((7, 1), (14, 2)):
             yield shape, direction, "bf16", (8, 0)
-        if shape.D == 56 and shape.window == 7:
+        if (shape.window, shape.D) == (7, 56) and direction == "backward":
             yield shape, direction, "bf16", (10, 0)
 
 
