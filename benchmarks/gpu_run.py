@@ -28,11 +28,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = ("build", "tests", "sanitize", "ops", "model", "convergence", "tune")
 TOKEN_ORDER = ("unroll", "reroll", "embed_tokens")
-# Which ops a file of GPU tests is about, by a word of its name; the first that fits. Others are about whole models.
+# Which ops a file test_*_gpu.py is about, by a word of its name; the first that fits. Others are about whole models.
 ABOUT = {
     "token_order": TOKEN_ORDER,
     "window": ("window_attention",),
-    "attention": ("mask_unit_attention",),
+    "attention": ("mask_unit_attention", "q_pool"),
     "linear_q_pool": ("linear_q_pool",),
     "shortcut": ("linear_q_pool",),
     "pool": ("q_pool", "linear_q_pool"),
@@ -41,7 +41,7 @@ ABOUT = {
     "gelu": ("gelu", "mlp"),
     "activation": ("gelu", "mlp"),
     "feed_forward": ("gelu", "mlp"),
-    "mlp": ("gelu", "mlp"),
+    "mlp": ("gelu", "mlp", "linear_q_pool"),
 }
 OPS = ("mask_unit_attention", "add_layer_norm", "gelu", "window_attention", "embed_tokens", "linear_q_pool", "mlp")
 OPS += ("q_pool", "unroll", "reroll")
@@ -74,6 +74,8 @@ def gpu_test_files() -> list[Path]:
 
 def about(path: Path) -> tuple[str, ...]:
     """The ops that a file of tests is about; empty for whole models."""
+    if not path.stem.endswith("_gpu"):
+        return ()
     return next((ops for word, ops in ABOUT.items() if word in path.stem), ())
 
 

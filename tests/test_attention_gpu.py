@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import parity
 from benchmarks.attention_shapes import distinct, published
-from hiera_kernels import mask_unit_attention, reference
+from hiera_kernels import mask_unit_attention, q_pool, reference
 from hiera_kernels.ops.attention import refusal
 from tests import attention_oracle as oracle
 
@@ -117,6 +117,22 @@ def test_special_values_go_where_sdpa_sends_them(special):
         got = gradients(mask_unit_attention, qkv.cuda().to(dtype), grad.cuda().to(dtype), H, W, P)
         for ours, truth in zip(got, wanted, strict=True):
             assert np.array_equal(ours.cpu().isfinite().numpy(), np.isfinite(truth)), dtype
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("ties", ["first", "split"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pooled_queries_with_ties_and_nan(device, ties, dtype):
+    """On a coarse grid a group of four has many maxima; gradients of 12 share out whole."""
+    x = torch.randint(-2, 3, (3, 4 * 35, 72)).to(dtype)
+    x[1, 7, 3], x[2, -1, -1] = float("nan"), float("inf")
+    grad = torch.full((3, 35, 72), 12).to(dtype)
+    got = gradients(q_pool, x.to(device), grad.to(device), 4, ties)
+    exact = x.double().numpy()
+    wanted = oracle.q_pool(exact, 4), oracle.q_pool_backward(grad.double().numpy(), exact, 4, ties)
+    for ours, truth in zip(got, wanted, strict=True):
+        assert ours.dtype is dtype
+        assert np.array_equal(ours.double().cpu().numpy(), truth, equal_nan=True)
 
 
 @GPU

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import gpu_run
 from benchmarks.gpu_run import Session, Step
@@ -32,17 +33,15 @@ def test_a_dry_run_resolves_every_step():
         assert path.name in done.stdout
 
 
-def test_the_session_itself_wants_a_gpu():
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu_run", "x"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={"CUDA_VISIBLE_DEVICES": "", "PATH": "/usr/bin:/bin"},
-    )
-    assert done.returncode == 1
-    assert "no NVIDIA GPU" in done.stderr
-    assert not (ROOT / "x").exists()
+def test_the_session_itself_wants_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="no NVIDIA GPU"):
+        gpu_run.main([str(tmp_path / "x")])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("benchmarks.machine.current_commit", lambda: "")
+    with pytest.raises(SystemExit, match="COMMIT="):
+        gpu_run.main([str(tmp_path / "x")])
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize(
@@ -68,7 +67,9 @@ def test_every_op_is_known_and_every_file_of_gpu_tests_is_about_something():
 
     assert set(gpu_run.OPS) == set(OPS)
     assert {op for ops in gpu_run.ABOUT.values() for op in ops} == set(OPS)
-    assert gpu_run.about(Path("tests/test_attention_gpu.py")) == ("mask_unit_attention",)
+    assert gpu_run.about(Path("tests/test_attention_gpu.py")) == ("mask_unit_attention", "q_pool")
+    assert all(map(gpu_run.about, (ROOT / "tests").glob("test_*_gpu.py")))
+    assert gpu_run.about(Path("tests/test_attention_compile.py")) == ()
     assert gpu_run.about(Path("tests/test_window_attention_gpu.py")) == ("window_attention",)
     assert gpu_run.about(Path("tests/test_train.py")) == ()
 
