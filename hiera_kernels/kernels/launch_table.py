@@ -6,6 +6,7 @@ while a model runs: a kernel is compiled once for each configuration.
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -91,14 +92,18 @@ def one_chunk(head_dim: int) -> tuple[int, int]:
 
 def tiles(direction: str, S: int, P: int, D: int, itemsize: int, capability: tuple[int, int]) -> Tiles:
     """The configuration of one kernel: "forward", "backward" (K <= 64), "backward_q" or "backward_kv" (longer rows)."""
-    K = P * S
-    if K <= 32:
-        found = _packed(direction, S, P, D)
-    elif K <= SMALL_KEYS:
-        found = _window(S, P, D, itemsize)
-    else:
-        found = _long(direction, S, P, D, capability)
-    return found._replace(**TUNED.get((direction, S, K, D, 8 * itemsize, capability[0]), {}))
+    found = _by_rule(direction, S, P, D, itemsize, capability)
+    tuned = TUNED.get((direction, S, P * S, D, 8 * itemsize, capability[0]))
+    return found._replace(**tuned) if tuned else found
+
+
+@functools.cache
+def _by_rule(direction, S, P, D, itemsize, capability):
+    if P * S <= 32:
+        return _packed(direction, S, P, D)
+    if P * S <= SMALL_KEYS:
+        return _window(S, P, D, itemsize)
+    return _long(direction, S, P, D, capability)
 
 
 def _packed(direction: str, S: int, P: int, D: int) -> Tiles:

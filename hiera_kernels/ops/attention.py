@@ -112,7 +112,7 @@ def mask_unit_attention(
     if plain:
         return reference.mask_unit_attention(*args)
     if torch.is_grad_enabled() and qkv.requires_grad:
-        return _Output.apply(*args)
+        return _Output.apply(qkv, args[1:])
     with calling.below_autograd():
         return _OP(*args)[0]
 
@@ -237,10 +237,11 @@ class _MaskUnitAttention(torch.autograd.Function):
 
 
 class _Output(torch.autograd.Function):
-    """The same with `out` alone: what the public function calls; a second output costs 3 us at every call."""
+    """The same with `out` alone: what the public function calls. A second output costs 3 us at every call, and every
+    argument 0.2 us: they come as one."""
 
     @staticmethod
-    def forward(ctx, qkv, *arguments):
+    def forward(ctx, qkv, arguments):
         with calling.below_autograd():
             out, _ = _OP(qkv, *arguments)
         ctx.save_for_backward(qkv)
@@ -249,7 +250,7 @@ class _Output(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out):
-        return _gradients(ctx, grad_out, False)[0], None, None, None, None, None
+        return _gradients(ctx, grad_out, False)[0], None
 
 
 def _gradients(ctx, grad_out, bias_grad):

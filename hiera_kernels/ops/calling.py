@@ -44,15 +44,21 @@ limits: dict[tuple[str, str], Callable[..., str | None]] = {}
 
 
 @functools.cache
-def _device_key(device_type: str) -> DispatchKeySet:
-    return DispatchKeySet(torch._C._dispatch_key_parse(torch._C._dispatch_key_for_device(device_type)))
+def _registered_as(op: str, device_type: str) -> tuple[str, DispatchKeySet]:
+    key = torch._C._dispatch_key_parse(torch._C._dispatch_key_for_device(device_type))
+    return f"{NAMESPACE}::{op}", DispatchKeySet(key)
 
 
 def has_kernel(op: str, device_type: str) -> bool:
     """Whether ``torch.ops.hiera_kernels.<op>`` has a kernel of its own for the device, not just the default one."""
     if device_type == "meta":  # the fake kernel stands there; a tensor without data has nothing to gain from any other
         return False
-    return torch._C._dispatch_has_kernel_for_any_dispatch_key(f"{NAMESPACE}::{op}", _device_key(device_type))
+    return torch._C._dispatch_has_kernel_for_any_dispatch_key(*_registered_as(op, device_type))
+
+
+# What torch.compiler.assume_constant_result does, without the second that its import of torch._dynamo takes: Dynamo
+# asks once, while it traces, and does not look inside.
+has_kernel._dynamo_marked_constant = True
 
 
 def refusal(op: str, contract: Callable[..., str | None], x: torch.Tensor, *arguments) -> str | None:
@@ -66,11 +72,6 @@ def refusal(op: str, contract: Callable[..., str | None], x: torch.Tensor, *argu
     if is_foreign(x):
         return f"{type(x).__name__} knows PyTorch's operations only"
     return limits.get((op, device_type), contract)(x, *arguments)
-
-
-# What torch.compiler.assume_constant_result does, without the second that its import of torch._dynamo takes: Dynamo
-# asks once, while it traces, and does not look inside.
-has_kernel._dynamo_marked_constant = True
 
 
 def is_foreign(x: torch.Tensor) -> bool:
@@ -163,7 +164,7 @@ def refuse_second_derivative(library: torch.library.Library, op: str) -> None:
 
 def check_count(name: str, value: object) -> None:
     """Raise unless `value` is an int of at least 1, which may be symbolic."""
-    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+    if type(value) is not int and (not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool)):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
