@@ -9,8 +9,8 @@ first block, the LayerNorm one of the second, as in plain PyTorch. What that cos
 of the gradient.
 
 The nodes keep the same tensors with a note and without one, so that a forward that activation checkpointing runs again,
-where there is no note, keeps what the first run kept. Only for eager code outside inference mode (whose tensors have no
-version to tell a change by).
+where there is no note, keeps what the first run kept. Only for eager code outside inference mode, whose tensors have no
+version to tell a change by. (Nor has what is changed through `.data`, which hides itself from everything.)
 """
 
 import threading
