@@ -1,8 +1,8 @@
 """What a call costs in Python: checks, the choice of the way, autograd, planning. The kernel itself does nothing here.
 
-Times are CPU time of this thread, the best of many rounds: what else the machine does stays out of them. The goal, 15 us
-above a native op for a forward with gradient, launch excluded, is for the machine that runs the GPU; bounds here are in
-units of this machine's own speed.
+Times are CPU time of this thread, the best of many rounds: what else the machine does stays out of them. The goal,
+15 us above a native op for a forward with gradient, launch excluded, is for the machine that runs the GPU; bounds here
+are in units of this machine's own speed.
 """
 
 import time
