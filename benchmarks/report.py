@@ -1,89 +1,138 @@
-"""Put the measured results into the README: `python -m benchmarks.report`; with `--check`, only compare.
+"""Put the results into README.md and docs/results.md, and draw the plots: `python -m benchmarks.report`.
 
-The tables stand between the markers `<!-- results: ... -->` and `<!-- end of results -->` and are made from
-`benchmarks/results/<machine>/ops.json`, which `python -m benchmarks.ops --json` writes: never typed.
+With `--check` nothing is changed, and the exit status is 1 where the documents do not say what benchmarks/results
+holds, or a plot is missing. Tables stand in the README between `<!-- results: NAME -->` and `<!-- end of results -->`;
+NAME is one of BLOCKS. docs/results.md is generated whole. What the files hold: benchmarks/results/README.md.
 """
 
 import argparse
-import json
+import importlib.util
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+from benchmarks import report_ops, report_steps
 
 ROOT = Path(__file__).parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
-BETWEEN = re.compile(r"(<!-- results: token order -->\n).*?(<!-- end of results -->)", re.S)
-OURS = "hiera_kernels"
+DOCUMENT, PLOTS = ROOT / "docs" / "results.md", ROOT / "docs" / "plots"
+BETWEEN = re.compile(r"(<!-- results: ([^>]*?) -->\n)(.*?)(<!-- end of results -->)", re.S)
 
 
-def op_tables(results: Path = RESULTS) -> str:
-    """One Markdown table for each machine that has results, with the machine and the commit below it.
+def compile_gate(results: Path) -> str:
+    """What the compile gate found (benchmarks/compile_table.py)."""
+    if importlib.util.find_spec("benchmarks.compile_table") is None or not (results / "compile.json").exists():
+        return "Not compiled yet.\n"
+    from benchmarks.compile_table import compile_table
+
+    return compile_table(results / "compile.json").rstrip("\n") + "\n"
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "token order": report_ops.token_order_extremes,
+    "training steps": report_steps.steps,
+    "saved memory": report_steps.recompute_table,
+    "op bandwidth": report_ops.bandwidth_table,
+    "compile gate": compile_gate,
+}
+NEEDED = ("token order", "training steps", "saved memory")  # the README has to show these
+
+
+def updated(readme: str, tables: dict[str, str]) -> str:
+    """The README with the tables between its markers replaced.
 
     Args:
-        results: folder with one folder per machine, in each an `ops.json`.
+        readme: its text.
+        tables: by name.
 
     Raises:
-        ValueError: a file names no machine or no commit.
+        ValueError: a marker names no table, or one of NEEDED is missing.
     """
-    parts = []
-    for path in sorted(results.glob("*/ops.json")):
-        content = json.loads(path.read_text())
-        about = content["environment"]
-        machine = about.get("gpu") or about.get("cpu")
-        if not machine or not about.get("commit"):
-            raise ValueError(f"{path} must name the machine and the commit it was measured at, got {about}")
-        lines = [
-            "| op | tensor | time | moved | of a copy's speed | one permute takes | upstream's chain takes |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        cases: dict[tuple[str, str], dict[str, dict]] = {}
-        for row in content["results"]:
-            cases.setdefault((row["op"], row["case"]), {})[row["candidate"]] = row
-        for (op, case), rows in cases.items():
-            ours = rows[OURS]
-            rivals = [
-                f"{rows[name]['median_us'] / ours['median_us']:.1f}x as long" if name in rows else ""
-                for name in ("single_permute", "upstream_chain")
-            ]
-            lines.append(
-                f"| `{op}` | {case} | {ours['median_us']:.0f} us | {ours['bytes'] / 1e6:.1f} MB "
-                f"| {ours['of_clone']:.0%} | {rivals[0]} | {rivals[1]} |"
-            )
-        count = about["threads"]
-        threads = f", {count} thread{'s' if count > 1 else ''}" if about["device"] == "cpu" else ""
-        lines += [
-            "",
-            f"{machine}{threads}, torch {about['torch']}, commit {about['commit'][:12]}; median of many rounds in",
-        ]
-        lines[-1] += " which all candidates take turns, on inputs that are not in the cache."
-        parts.append("\n".join(lines) + "\n")
-    return "\n".join(parts) or "Not measured yet.\n"
+    names = [match[2] for match in BETWEEN.finditer(readme)]
+    if unknown := [name for name in names if name not in tables]:
+        raise ValueError(f"README.md has markers for {', '.join(unknown)}; there are tables for {', '.join(tables)}")
+    if missing := [name for name in NEEDED if name not in names]:
+        raise ValueError(f"README.md must hold the markers <!-- results: {missing[0]} --> and <!-- end of results -->")
+    return BETWEEN.sub(lambda match: f"{match[1]}\n{tables[match[2]]}\n{match[4]}", readme)
 
 
-def updated(readme: str, tables: str) -> str:
-    """The README with its tables replaced.
+def document(results: Path, captions: dict[str, str]) -> str:
+    """docs/results.md: every table and every plot.
 
-    Raises:
-        ValueError: the markers are missing.
+    Args:
+        results: benchmarks/results.
+        captions: of the plots, by file name.
     """
-    if not BETWEEN.search(readme):
-        raise ValueError("README.md must hold the markers <!-- results: token order --> and <!-- end of results -->")
-    return BETWEEN.sub(lambda match: f"{match[1]}\n{tables}\n{match[2]}", readme)
+    cases = ("hiera_base_224 fine-tune b128", "mae_hiera_base_224 mae b256")
+    parts = [
+        "# Results",
+        "Generated by `python -m benchmarks.report` from `benchmarks/results`; nothing here is typed.",
+        "## Training steps, measured",
+        report_steps.measured_steps(results),
+        "On a CPU, as a check that the benchmark works; no published figure:",
+        report_steps.measured_steps(results, gpu=False),
+        "## Training steps, predicted",
+        "`python -m benchmarks.roofline` runs a step on tensors without data and adds up what every operation moves "
+        "and computes. Eager against eager; compiled peers are not predicted.",
+        report_steps.predicted_steps(results),
+        report_steps.predicted_steps(results, "bfloat16"),
+        "### By stage",
+        report_steps.groups_table(results, "stages"),
+        "### By kind of operation",
+        report_steps.groups_table(results, "kinds"),
+        "## Memory saved for backward",
+        report_steps.saved_memory(results),
+        report_steps.recompute_table(results),
+        "### By block, MB an image, bf16 autocast",
+        *(report_steps.blocks_table(results, case) for case in cases),
+        "## Single ops on GPUs",
+        report_ops.bandwidth_table(results),
+        "## Token order on CPUs",
+        report_ops.token_order_tables(results),
+        "## Plots",
+        *(f"![{caption}](plots/{name})\n\n{caption}" for name, caption in captions.items()),
+    ]
+    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def captions_in(text: str) -> dict[str, str]:
+    """The plots that a document shows, with their captions."""
+    return {name: caption for caption, name in re.findall(r"!\[([^\]]*)\]\(plots/([^)]+)\)", text)}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Rewrite the README's tables, or with --check return 1 if they are not what the results say."""
+    """Write README, document and plots, or with --check return 1 if they are not what the results say."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where README and results disagree")
+    parser.add_argument("--check", action="store_true", help="change nothing; 1 where documents and results differ")
     options = parser.parse_args(arguments)
     before = README.read_text()
-    after = updated(before, op_tables())
+    after = updated(before, {name: make(RESULTS) for name, make in BLOCKS.items()})
     if options.check:
-        if before != after:
-            print("README.md does not show what benchmarks/results holds: run python -m benchmarks.report")
-        return int(before != after)
+        return _check(before, after)
+    from benchmarks.report_plots import draw
+
+    captions = draw(RESULTS, PLOTS)
+    for old in set(PLOTS.glob("*.png")) - {PLOTS / name for name in captions}:
+        old.unlink()
+    DOCUMENT.parent.mkdir(parents=True, exist_ok=True)
+    DOCUMENT.write_text(document(RESULTS, captions))
     README.write_text(after)
     return 0
+
+
+def _check(before: str, after: str) -> int:
+    wrong = []
+    if before != after:
+        wrong.append("README.md does not show what benchmarks/results holds")
+    shown = DOCUMENT.read_text() if DOCUMENT.exists() else ""
+    captions = captions_in(shown)
+    if shown != document(RESULTS, captions):
+        wrong.append("docs/results.md does not show what benchmarks/results holds")
+    wrong += [f"docs/plots/{name} is missing" for name in captions if not (PLOTS / name).exists()]
+    for line in wrong:
+        print(f"{line}: run python -m benchmarks.report")
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":
