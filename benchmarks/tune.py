@@ -173,7 +173,7 @@ def _measure(jobs, capability, options) -> int:
         answers = ahead(key, shape, tiles, capability, dtype, options.jobs)
         compiled = [tile for tile in tiles if tile is tiles[0] or answers[tile] is None]
         try:
-            bench = Bench(key, shape, batch, dtype, tiles[0])
+            bench = Bench(key, shape, batch, dtype, tiles[0], capability, device)
         except Exception as error:
             bad.append(f"{key}: {error}")
             print(f"{key}  REFUSED: {error}", flush=True)

@@ -86,16 +86,25 @@ class Bench:
     """
 
     def __init__(
-        self, key: Key, shape: AttentionShape, batch: int, dtype: torch.dtype, own: Tiles, seconds: float = 0.15
+        self,
+        key: Key,
+        shape: AttentionShape,
+        batch: int,
+        dtype: torch.dtype,
+        own: Tiles,
+        capability: tuple[int, int],
+        device: torch.device,
+        seconds: float = 0.15,
+        cold_bytes: int = timing.COLD_BYTES,
     ):
         self.key, self.shape, self.seconds = key, shape, seconds
-        self.capability = torch.cuda.get_device_capability()
-        self.sets = timing.rotate(
-            lambda: (
-                torch.randn(batch, shape.N, 3 * shape.C, device="cuda").to(dtype),
-                torch.randn(batch, shape.N // shape.P, shape.C, device="cuda").to(dtype),
-            )
-        )
+        self.capability, self.device = capability, device
+
+        def make():
+            qkv = torch.randn(batch, shape.N, 3 * shape.C, device=device).to(dtype)
+            return qkv, torch.randn(batch, shape.N // shape.P, shape.C, device=device).to(dtype)
+
+        self.sets = timing.rotate(make, cold_bytes)
         few = [x[[0, -1]].double() for x in self.sets[0]]
         qkv = few[0].requires_grad_()
         out = attention.oracle(qkv, shape)
@@ -116,7 +125,7 @@ class Bench:
                 )
                 if i == which:
                     spilled = getattr(made, "n_spills", None) or 0
-        torch.cuda.synchronize()
+        timing.synchronize(self.device)
         verdict = parity.judge([x[[0, -1]] for x in outputs], self.truth, outputs[0].dtype)
         return (None if verdict == parity.GREEN else verdict), spilled
 
@@ -132,7 +141,7 @@ class Bench:
                 for launch in launches[: which + 1]:  # a second kernel reads what the first one left
                     launch.run()
             graph = timing.Captured(lambda i: plans[i][0][plans[i][1]].run(), len(plans))
-            taken = timing.paired({"launch": graph}, [()], torch.device("cuda"), self.seconds, (5, 200))["launch"]
+            taken = timing.paired({"launch": graph}, [()], self.device, self.seconds, (5, 200))["launch"]
             return timing.per_call(taken, len(plans)).quantile(0.5), None
         except Exception as error:  # out of resources, a launch that is not legal after all
             return None, first_line(error)

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import measured, ops, spots, timing
+from benchmarks import measured, ops, spots, timing, trial
 from benchmarks.trial import Case
 
 CPU = torch.device("cpu")
@@ -38,6 +38,38 @@ def test_a_row_for_each_candidate_and_pass(op):
     clones = [r for r in found if r["candidate"] == "clone"]
     assert [r["of_clone"] for r in clones] == [1.0] * 3
     assert clones[2]["bytes"] == clones[0]["bytes"] + clones[1]["bytes"]
+
+
+class Eager:
+    """What timing.Captured does, without CUDA graphs."""
+
+    def __init__(self, call, count, before=None):
+        self.call, self.count, self.before = call, count, before
+
+    def __call__(self):
+        for i in range(self.count):
+            self.call(i, self.before(i)) if self.before else self.call(i)
+
+
+def test_graphs_have_rows_of_their_own(monkeypatch):
+    """The branch that a GPU takes, its graphs apart: paired with a clone, and refused where the eager call was."""
+    monkeypatch.setattr(timing, "Captured", Eager)
+    monkeypatch.setattr(measured, "HELD_BYTES", 1)
+    monkeypatch.setattr(measured, "_peak", lambda call, device: 7 if call() is not None else 0)
+    _, made = next(spots.spots("gelu", CPU))
+    made.candidates["wrong"] = lambda x: x * 2
+    found = trial.verdicts(made, ("forward", "backward"))
+    case = Case("gelu", "toy", 5, torch.bfloat16, lambda device: made)
+    inputs = timing.rotate(made.make, 1)
+    for name in ("forward", "backward", "both"):
+        rows = measured._rows_of_pass(case, made, name, found, inputs, CPU, 0.0, 10.0, (2, 2), True)
+        assert [(r["candidate"], r["graph"]) for r in rows] == [
+            *((c, False) for c in ("hiera_kernels", "eager", "wrong", "clone")),
+            *((c, True) for c in ("hiera_kernels", "eager", "clone")),
+        ]
+        assert all(r["median_us"] > 0 for r in rows if r["candidate"] != "wrong")
+        assert all(r["peak_memory_bytes"] == 7 for r in rows if r["candidate"] != "wrong")
+        assert len({r["case"] for r in rows}) == 2
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -144,3 +176,24 @@ def test_the_speed_against_a_clone_is_of_pairs():
     slow, fast = timing.Samples([2.0, 4.0, 8.0]), timing.Samples([1.0, 2.0, 2.0])
     assert slow.speed_of(fast) == 0.5
     assert timing.per_call(slow, 4).seconds == [0.5, 1.0, 2.0]
+
+
+def test_a_second_run_keeps_the_tables_that_it_does_not_measure(monkeypatch, tmp_path):
+    monkeypatch.setattr(ops, "ceilings", lambda device: {"copy_gb_per_s": 10.0})
+    label, made = next(spots.spots("unroll", CPU))
+    case = Case("unroll", label, 3, torch.bfloat16, lambda device: made)
+    path = tmp_path / "ops.json"
+
+    def run(commit):
+        words = ["--quick", "--seconds", "0.001", "--pass", "forward", "--json", str(path), "--update"]
+        ops.run([case], CPU, ops._parser().parse_args([*words, "--commit", commit]))
+        return json.loads(path.read_text())["results"]
+
+    assert len(run("abc")) == 4
+    content = json.loads(path.read_text())
+    content["results"].append({"op": "gelu", "case": "earlier", "candidate": "x", "parity": None, "error": None})
+    path.write_text(json.dumps(content))
+    again = run("abc")
+    assert len(again) == 5
+    assert again[0]["case"] == "earlier"
+    assert len(run("another")) == 4  # numbers of another commit are not mixed in

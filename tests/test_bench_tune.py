@@ -4,6 +4,7 @@ That the kernels compute the same in every configuration: test_bench_tune_kernel
 """
 
 import ast
+import json
 import runpy
 
 import pytest
@@ -160,6 +161,39 @@ def test_a_written_table_is_formatted(tmp_path):
 
 
 # ---- the command line ----
+
+
+def test_a_whole_session_writes_rows_and_records(monkeypatch, tmp_path, capsys):
+    """As on a GPU, with a clock and a compiler that are made up; a kernel whose rules are wrong gets no row."""
+
+    class Clock:
+        def __init__(self, key, shape, batch, dtype, own, capability, device):
+            if key[0] == "backward_q":
+                raise RuntimeError("as the rules have it: red")
+
+        def __call__(self, tile):
+            return (1e-6, None) if tile.block_k == 32 else (9e-6, None)
+
+    def ahead(key, shape, tiles, capability, dtype, jobs):
+        return {tile: "ptxas died" if tile.num_warps == 1 else None for tile in tiles}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(tune, "environment", lambda device: {"gpu": "Some GPU"})
+    monkeypatch.setattr("benchmarks.tune_gpu.Bench", Clock)
+    monkeypatch.setattr("benchmarks.tune_gpu.ahead", ahead)
+    table, record = tmp_path / "launch_table.py", tmp_path / "tune.json"
+    arguments = ["mask_unit_attention", "--tune", "--shape", "hiera_base_224.stage3", "--most", "999", "--jobs", "1"]
+    assert tune.main([*arguments, "--write", str(table), "--json", str(record)]) == 1
+    said = capsys.readouterr().out
+    assert "REFUSED: as the rules have it: red" in said
+    added = {key: value for key, value in tuned_in(table).items() if key not in launch_table.TUNED}
+    assert set(added) <= {("forward", 196, 196, 96, 16, 9), ("backward_kv", 196, 196, 96, 16, 9)}
+    assert added["backward_kv", 196, 196, 96, 16, 9]["block_k"] == 32
+    assert "# Some GPU, hiera_base_224.stage3 b128: 1.0 us, the rules 9.0 us" in table.read_text()
+    content = json.loads(record.read_text())
+    assert [r["key"][0] for r in content["results"]] == ["forward", "backward_kv"]
+    assert all(reason == "ptxas died" for r in content["results"] for reason, *_ in r["not_compiled"])
 
 
 def test_a_dry_run_lists_and_needs_no_gpu(capsys):

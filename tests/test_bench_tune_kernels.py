@@ -8,9 +8,10 @@ import random
 import pytest
 import torch
 
-from benchmarks import tune_space
+from benchmarks import timing, tune_space
 from benchmarks.attention_shapes import AttentionShape
-from benchmarks.tune_gpu import configured, plan
+from benchmarks.tune_gpu import Bench, configured, plan
+from hiera_kernels import reference
 from tests import attention_oracle as oracle
 from tests.interpreter import marks
 
@@ -46,3 +47,39 @@ def test_what_is_tried_computes_the_same(key, tile):
     else:
         wanted = oracle.attention_backward(grad.double().numpy(), qkv.double().numpy(), *arguments, "first")
     assert torch.allclose(got.double(), torch.from_numpy(wanted), rtol=1e-4, atol=1e-5)
+
+
+class Eager:
+    """What a CUDA graph of the calls does, without one."""
+
+    def __init__(self, call, count):
+        self.call, self.count = call, count
+
+    def __call__(self):
+        for i in range(self.count):
+            self.call(i)
+
+
+@pytest.mark.parametrize("key", [("backward", 4, 16, 8, 32, 9)])
+def test_the_bench_judges_and_times(monkeypatch, key):
+    """The very code that runs on a GPU, its graph apart; a kernel that is wrong is refused, whatever its speed."""
+    monkeypatch.setattr(timing, "Captured", Eager)
+    _, S, K, D, _, _ = key
+    shape = AttentionShape("toy", "", K * 2, 2, K // S, 1, D)
+    own, other = tune_space.candidates(key)[:2]
+    settings = {"device": torch.device("cpu"), "seconds": 0.0, "cold_bytes": 1}
+    bench = Bench(key, shape, 1, torch.float32, own, (9, 0), **settings)
+    seconds, refused = bench(other)
+    assert seconds > 0
+    assert refused is None
+    bench.truth = [x * 1.01 for x in bench.truth]
+    seconds, refused = bench(other)
+    assert seconds is None
+    assert refused.startswith("red")
+    monkeypatch.setattr("benchmarks.attention.oracle", lambda qkv, shape: oracle_of_another_scale(qkv, shape))
+    with pytest.raises(RuntimeError, match="as the rules have it"):
+        Bench(key, shape, 1, torch.float32, own, (9, 0), **settings)
+
+
+def oracle_of_another_scale(qkv, shape):
+    return reference.mask_unit_attention(qkv, shape.H, shape.W, shape.P, scale=0.5)
