@@ -89,3 +89,26 @@ def test_accelerated_model_equals_stock(name, kind, launched):
     assert {windows > 1 for windows, _, _ in blocks} == {True, False}
     assert [entry[1:] for entry in launched if entry[0] == "forward"] == blocks
     assert [entry[1:] for entry in launched if entry[0] == "backward"] == blocks[::-1]
+
+
+OPS = torch.ops.hiera_kernels
+
+
+def samples():
+    """Op and arguments: windowed and pooled, global with a bias, the backward of it, pooling."""
+    qkv = torch.randn(2, 16, 3 * 16, requires_grad=True)
+    bias = torch.randn(48, requires_grad=True)
+    yield OPS.mask_unit_attention.default, (qkv, 2, 2, 4)
+    yield OPS.mask_unit_attention.default, (qkv, 2, 1, 1, None, "first", bias, True)
+    grad = torch.randn(2, 4, 16)
+    yield OPS.mask_unit_attention_backward.default, (grad, qkv.detach(), None, None, 2, 2, 4, None, "split", True)
+    yield OPS.q_pool.default, (qkv, 4, "split")
+    yield OPS.q_pool_backward.default, (torch.randn(2, 4, 48), qkv.detach(), 4)
+
+
+@pytest.mark.parametrize("sample", range(5))
+def test_opcheck_of_the_triton_kernels(sample):
+    op, args = list(samples())[sample]
+    with kernels_on_cpu() as calls:
+        torch.library.opcheck(op, args)
+    assert op._schema.name.partition("::")[2] in calls
