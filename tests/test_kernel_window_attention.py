@@ -206,7 +206,7 @@ POISON = {
 @pytest.mark.parametrize("what", POISON)
 @pytest.mark.parametrize(
     "shape",
-    [(1, 6, 5, 4, None, 2, 8), (1, 6, 6, 4, 2, 1, 8), (1, 6, 6, (6, 7), None, 1, 8), (1, 4, 12, 10, (1, 2), 1, 8)],
+    [(1, 6, 5, 4, None, 2, 8), (1, 6, 6, 4, 2, 1, 8), (1, 6, 6, (6, 7), None, 1, 8), (1, 5, 14, (8, 16), (1, 2), 1, 8)],
     ids=str,
 )  # fmt: skip
 def test_inf_and_nan_go_where_the_definition_sends_them_and_nowhere_else(shape, what):

@@ -115,7 +115,8 @@ TUNED: dict[tuple[str, int, int, int, int, int], dict[str, int]] = {
 def window_tiles(direction: str, S: int, P: int, D: int, itemsize: int, capability: tuple[int, int]) -> Tiles:
     """The configuration of one kernel: the launch table's, whose kernels do the same work at other addresses."""
     tile = tiles(direction, S, P, D, itemsize, capability)
-    return tile._replace(**TUNED.get((direction, S, S * P, D, 8 * itemsize, capability[0]), {}))
+    tuned = TUNED.get((direction, S, S * P, D, 8 * itemsize, capability[0]))
+    return tile._replace(**tuned) if tuned else tile
 
 
 def sizes(qkv: torch.Tensor, num_heads: int, window_size, q_stride, pad, scale: float | None) -> tuple[dict, dict]:
