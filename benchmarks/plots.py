@@ -54,7 +54,7 @@ def bars(labels: list[str], series: dict[str, list[float]], unit: str, title: st
         axes.barh(places, values, height=height * 0.9, label=name)
         for place, value in zip(places, values, strict=True):
             if value:
-                axes.text(value, place, f" {value:.3g}", va="center", fontsize=7)
+                axes.text(value, place, f" {value:.0f}" if value >= 100 else f" {value:.3g}", va="center", fontsize=7)
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.invert_yaxis()
     if line:
@@ -72,7 +72,8 @@ def curves(x: list[float], series: dict[str, list[float | None]], words: tuple[s
     figure, axes = pyplot.subplots(figsize=(5.5, 4))
     for name, values in series.items():
         known = [(a, b) for a, b in zip(x, values, strict=True) if b is not None]
-        axes.plot(*zip(*known, strict=True), marker="o", label=name)
+        if known:
+            axes.plot(*zip(*known, strict=True), marker="o", label=name)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(x, [f"{a:g}" for a in x])

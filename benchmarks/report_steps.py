@@ -18,8 +18,8 @@ def _by_case(rows: list[dict], dtype: str) -> dict[str, dict[str, dict]]:
     return cases
 
 
-def _megabytes(row: dict) -> str:
-    return f"{row['saved_bytes'] / row['images'] / 1e6:.0f}"
+def _megabytes(row: dict | None) -> str:
+    return f"{row['saved_bytes'] / row['images'] / 1e6:.0f}" if row else "-"
 
 
 def _name(case: str, candidate: str, found: dict) -> str:
@@ -53,10 +53,12 @@ def predicted_steps(results: Path, dtype: str = AUTOCAST, spec: str = SPEC) -> s
                 continue
             stock, folded, ours = found["stock"], found.get("folded"), found[candidate]
             time = ours["ms"][spec]
+            slower = f"{folded['ms'][spec]:.1f} ms" if folded else "-"
+            over = f"{folded['ms'][spec] / time:.2f}x" if folded else "-"
+            kept = ", ".join(_megabytes(row) for row in (stock, folded, ours) if row)
             lines.append(
-                f"| {_name(case, candidate, found)} | {stock['ms'][spec]:.1f} ms | "
-                f"{folded['ms'][spec]:.1f} ms | {time:.1f} ms | {stock['ms'][spec] / time:.2f}x | "
-                f"{folded['ms'][spec] / time:.2f}x | {_megabytes(stock)}, {_megabytes(folded)}, {_megabytes(ours)} "
+                f"| {_name(case, candidate, found)} | {stock['ms'][spec]:.1f} ms | {slower} | {time:.1f} ms | "
+                f"{stock['ms'][spec] / time:.2f}x | {over} | {kept} "
                 f"({ours['saved_bytes'] / stock['saved_bytes']:.2f}x) |"
             )
     words = {"autocast-bfloat16": "under bf16 autocast", "bfloat16": "of a model cast to bf16"}[dtype]
@@ -155,7 +157,7 @@ def saved_memory(results: Path) -> str:
                 if (row["case"], row["dtype"]) == (case, dtype):
                     variants.append((f", recompute={row['settings']['recompute']}", row))
             for note, row in variants:
-                plain = " | ".join(_megabytes(found[name]) for name in ("stock", "folded"))
+                plain = " | ".join(_megabytes(found.get(name)) for name in ("stock", "folded"))
                 of_stock = row["saved_bytes"] / found["stock"]["saved_bytes"]
                 name = f"{_name(case, row['candidate'], found)}, {words}{note}"
                 lines.append(f"| {name} | {plain} | {_megabytes(row)} | {of_stock:.2f}x |")

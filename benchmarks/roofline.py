@@ -41,6 +41,7 @@ PREDICTED = (
     ("mae_hiera_large_224", 256),
     ("mae_hiera_base_16x224", 16),
     ("hiera_base_16x224", 16),
+    ("sam2_hiera_b+", 8),
 )
 RECOMPUTED = ("hiera_base_224", "mae_hiera_base_224")
 SCALING = {"resolution": (224, 448, 896, 1536), "batch": (1, 4, 16, 64, 256)}
@@ -226,7 +227,11 @@ def predicted_rows(say=print) -> dict[str, list[dict]]:
         workload = workload_for(name, batch)
         candidates = CANDIDATES if workload.objective == "mae" else CANDIDATES[:3]
         for candidate in candidates:
-            model = rivals.build(candidate, workload, workload.size)
+            try:
+                model = rivals.build(candidate, workload, workload.size)
+            except rivals.Absent as error:
+                say(f"{workload.name}, {candidate}: {error}")
+                continue
             for dtype in DTYPES:  # "cast" comes last: it is for good
                 steps.append(row(candidate, workload, dtype, {}, SPECS, model))
         for setting in RECOMPUTE if name in RECOMPUTED else ():

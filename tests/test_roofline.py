@@ -10,7 +10,7 @@ from torch import nn
 import hiera
 import hiera_kernels
 from benchmarks import roofline
-from benchmarks.counting import FP32_ON_CUDA, FP32_RESULT_ON_CUDA, count
+from benchmarks.counting import FP32_ON_CUDA, FP32_RESULT_ON_CUDA, count, loss_of
 from benchmarks.device_specs import SPECS, Spec, spec_named
 from benchmarks.folded import fold
 from benchmarks.fused_block import BlockShape, fused_block_bytes, weight_elements
@@ -221,6 +221,26 @@ def test_every_operation_has_a_place_and_the_stages_make_up_the_whole():
     assert row["gpu_ms"]["h100"] == pytest.approx(sum(group["ms"]["h100"] for group in row["stages"].values()))
 
 
+def test_what_is_saved_is_what_a_real_step_saves():
+    workload = Workload("fine-tune", "hiera_mini_128", 3, (128, 128))
+    model = roofline.built("folded", workload, {})
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(x):
+        storage = x.untyped_storage()
+        kept[storage.data_ptr()] = (storage.nbytes(), x)  # held, so that no other storage takes the address
+        return x
+
+    torch.manual_seed(0)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        images, labels = workload.inputs(torch.device("cpu"), 3, workload.size)
+        workload.loss(workload.outputs(model, images), labels)
+    real = sum(size for address, (size, _) in kept.items() if address not in parameters)
+    step = count(model, loss_of(workload, 3), autocast=None, optimizer=False)
+    assert sum(step.saved.values()) == real
+
+
 def test_block_and_stage_of_a_parameter():
     assert block_of("blocks.3.norm1.weight") == "blocks.3"
     assert block_of("trunk.blocks.3.attn.qkv.bias") == "blocks.3"
@@ -285,3 +305,23 @@ def test_the_command_says_what_it_predicts_and_writes_it(tmp_path, capsys):
     assert (tmp_path / "out.png").stat().st_size > 5000
     with pytest.raises(SystemExit):
         roofline.main([*arguments, "--device-spec", "measured-by-nobody"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("candidate", ["stock", "folded", "accelerated"])
+def test_what_a_gpu_keeps_is_what_was_counted(candidate):
+    workload = Workload("fine-tune", "hiera_tiny_224", 16)
+    model = roofline.built(candidate, workload, {}).cuda()
+    inputs = workload.inputs(torch.device("cuda"), 16, workload.size)
+
+    def run():
+        with torch.autocast("cuda", torch.bfloat16):
+            return workload.loss(workload.outputs(model, inputs[0]), inputs[1])
+
+    run()  # what libraries keep for good
+    before = torch.cuda.memory_allocated()
+    loss = run()
+    grown = torch.cuda.memory_allocated() - before
+    del loss
+    step = count(model.cpu(), loss_of(workload, 16), optimizer=False)
+    assert grown == pytest.approx(sum(step.saved.values()) + step.saved_weights, rel=0.05)
