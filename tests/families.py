@@ -35,8 +35,8 @@ SAM2 = {
     "large": ((2, 6, 36, 4), 144, 2, {"windows": (8, 4, 16, 8), "global": (23, 33, 43)}),
 }
 SAM2_CONFIGS = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l"}
-# The published decoder of masked autoencoders, and the small one.
-DECODER = {"decoder_hidden_size": 512, "decoder_depth": 1, "decoder_num_heads": 16}
+# The published decoder of masked autoencoders, but for its depth, and a small one.
+DECODER = {"decoder_hidden_size": 512, "decoder_depth": 2, "decoder_num_heads": 16}
 SMALL_DECODER = {"decoder_hidden_size": 16, "decoder_depth": 2, "decoder_num_heads": 2}
 
 
@@ -131,8 +131,9 @@ def _transformers_hiera(class_name, prefix, skipped, **fixed):
         return getattr(transformers, class_name)(config)
 
     def replaced(stages):
+        decoder = _blocks_and_attention((2,) if mae else (), "decoder.decoder_block.layers.")
         layers = [_blocks_and_attention((n,), f"{prefix}encoder.stages.{s}.layers.") for s, n in enumerate(stages)]
-        return {f"{prefix}encoder"}.union(*layers)
+        return {f"{prefix}encoder"}.union(decoder, *layers)
 
     return Family(build, published, replaced, skipped, call=_masked if mae else _labelled, dynamic_size=False)
 

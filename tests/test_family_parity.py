@@ -27,14 +27,8 @@ def test_every_block_of_the_published_depth_is_replaced(name):
     family = FAMILIES[name]
     model = build(name, stages=family.stages, small=True, dtype=torch.float32)
     report = explain(model)
-    assert replaced(report) == family.replaced(family.stages) | decoder(model)
+    assert replaced(report) == family.replaced(family.stages)
     assert tuple(path for path, _ in report.skipped) == family.skipped
-
-
-def decoder(model):
-    """The decoder's layers and their attention, where the model is a masked autoencoder of transformers."""
-    inside = [path for path, _ in model.named_modules() if path.startswith("decoder.decoder_block.layers.")]
-    return {path + end for path in inside if path.count(".") == 3 for end in ("", ".attn")}
 
 
 # The trunks of SAM 2.0 and 2.1 are built of the same class with the same settings: one of the two is enough here.
@@ -46,7 +40,7 @@ def test_parity_at_full_width(name):
         x = image(size)
         expected = step(model, x, family.call)
         report = accelerate(model)
-        assert replaced(report) == family.replaced(FEW) | decoder(model)
+        assert replaced(report) == family.replaced(FEW)
         actual = step(model, x, family.call)
         assert any(not torch.equal(actual[key], value) for key, value in expected.items()), "nothing was replaced"
         assert_equal(*nonzero(actual, expected))
