@@ -11,123 +11,21 @@ launch_table.py.
 """
 
 import argparse
-import ast
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-STEPS = ("build", "tests", "sanitize", "ops", "model", "convergence", "tune")
-TOKEN_ORDER = ("unroll", "reroll", "embed_tokens")
-# Which ops a file test_*_gpu.py is about, by a word of its name; the first that fits. Others are about whole models.
-ABOUT = {
-    "token_order": TOKEN_ORDER,
-    "window": ("window_attention",),
-    "attention": ("mask_unit_attention", "q_pool"),
-    "linear_q_pool": ("linear_q_pool",),
-    "shortcut": ("linear_q_pool",),
-    "pool": ("q_pool", "linear_q_pool"),
-    "layer_norm": ("add_layer_norm",),
-    "rows": ("add_layer_norm", "gelu", "mlp", "linear_q_pool", "q_pool"),
-    "gelu": ("gelu", "mlp"),
-    "activation": ("gelu", "mlp"),
-    "feed_forward": ("gelu", "mlp"),
-    "mlp": ("gelu", "mlp", "linear_q_pool"),
-}
-OPS = ("mask_unit_attention", "add_layer_norm", "gelu", "window_attention", "embed_tokens", "linear_q_pool", "mlp")
-OPS += ("q_pool", "unroll", "reroll")
+from benchmarks import gpu_steps
+from benchmarks.gpu_steps import OPS, ROOT, STEPS, Step, dry_run, planned
+
 LAST_LINES = 25
-
-
-@dataclass
-class Step:
-    """One command. `least`: seconds without which it is not worth starting; `most`: it is ended after so many."""
-
-    kind: str
-    name: str
-    command: list[str]
-    least: float
-    most: float
-    about: tuple[str, ...] = ()
-    needs: list[Path] = field(default_factory=list)
-    report: Path | None = None  # a junit file that says which tests failed
-
-    def shown(self) -> str:
-        """The command as one would type it."""
-        return " ".join(self.command)
-
-
-def gpu_test_files() -> list[Path]:
-    """Files of tests/ that hold a test marked gpu, those named after it first."""
-    found = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
-    return sorted(found, key=lambda path: ("gpu" not in path.stem, path.stem))
-
-
-def about(path: Path) -> tuple[str, ...]:
-    """The ops that a file of tests is about; empty for whole models."""
-    if not path.stem.endswith("_gpu"):
-        return ()
-    return next((ops for word, ops in ABOUT.items() if word in path.stem), ())
-
-
-def test_steps(python: str, scratch: Path, workers: int) -> list[Step]:
-    """One process for each file, so that a crashed CUDA context takes no other file with it."""
-    steps = []
-    for path in gpu_test_files():
-        report = scratch / f"{path.stem}.xml"
-        command = [python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", str(path.relative_to(ROOT))]
-        command += [f"--junitxml={report}", *(["-n", str(workers)] if workers else [])]
-        steps.append(Step("tests", path.stem, command, 15, 240, about(path), [path], report))
-    return steps
-
-
-def planned(options: argparse.Namespace, scratch: Path) -> list[Step]:
-    """All steps, in order, as if nothing went wrong and time were no matter."""
-    python, out = sys.executable, options.out
-    pip = [python, "-m", "pip", "install", "--quiet", "--no-index", "--no-build-isolation", "--no-deps", "-e", "."]
-    steps = [
-        Step("build", "pip", pip, 0, 240, needs=[ROOT / "setup.py", ROOT / "pyproject.toml", ROOT / "csrc"]),
-        # Where pip itself is not as it should be: the same build, in place.
-        Step("build", "in place", [python, "setup.py", "-q", "build_ext", "--inplace"], 0, 240),
-    ]
-    steps += test_steps(python, scratch, options.workers)
-    for tool in ("memcheck", "racecheck"):
-        sanitizer = [program("compute-sanitizer") or "compute-sanitizer", "--tool", tool]
-        sanitizer += ["--error-exitcode", "9", "--print-limit", "20"]
-        # Each tensor in an allocation of its own: a byte behind it is then out of bounds.
-        allocator = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"] if tool == "memcheck" else []
-        command = [*allocator, *sanitizer, python, "-m", "benchmarks.spots"]
-        steps.append(Step("sanitize", tool, command, 20, 75, OPS))
-    commit = ["--commit", options.commit] if options.commit else []
-    ops = [python, "-m", "benchmarks.ops", "--json", str(out / "ops.json"), "--seconds", "0.3", *commit]
-    steps.append(Step("ops", "eager rivals", [*ops, "--compile", "0"], 25, 130, OPS))
-    model = [python, "-m", "benchmarks.model", "--json", str(out / "model.json"), *commit]
-    steps.append(Step("model", "model", model, 30, 200))
-    steps.append(Step("ops", "compiled rivals", [*ops, "--compile", "1", "--update", "--first", "1"], 40, 120, OPS))
-    # Classification is augmented by kornia.
-    curves = [] if importlib.util.find_spec("kornia") else ["--objectives", "mae"]
-    curves += ["--json", str(out / "convergence.json"), "--plot", str(out / "convergence.png")]
-    curves += commit
-    steps.append(Step("convergence", "convergence", [python, "-m", "benchmarks.convergence", *curves], 40, 120))
-    tune = [python, "-m", "benchmarks.ops", "mask_unit_attention", "--tune", "--json", str(out / "tune.json")]
-    tune += ["--write", str(out / "launch_table.py")]
-    steps.append(Step("tune", "tune", tune, 30, 400, ("mask_unit_attention",)))
-    return [step for step in steps if not options.only or step.kind == options.only or step.kind == "build"]
-
-
-def program(name: str) -> str | None:
-    """Where a tool of CUDA is: on PATH, or where CUDA is installed."""
-    homes = [os.environ.get("CUDA_HOME", "/usr/local/cuda"), "/usr/local/cuda"]
-    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes)]))
 
 
 class Session:
@@ -188,7 +86,7 @@ class Session:
         built = any(e["kind"] == "build" and e["status"] == "green" for e in self.done)
         if step.kind == "build" and built:
             return "not needed"
-        if step.kind == "sanitize" and program("compute-sanitizer") is None:
+        if step.kind == "sanitize" and gpu_steps.program("compute-sanitizer") is None:
             return "left out: compute-sanitizer is neither on PATH nor in CUDA's bin"
         if step.kind in ("model", "convergence") and (self.red_models or self.red_ops):
             red = [*self.red_ops, *filter(None, [self.red_models])]
@@ -220,6 +118,8 @@ class Session:
         """green, or red and why; what was red is remembered."""
         if code == 0:
             return "green"
+        if step.kind == "build" and step is not [s for s in self.steps if s.kind == "build"][-1]:
+            return f"left out: exit code {code}, the next way is tried"
         if step.kind == "tests" and code == 5:
             return "left out: no GPU test was selected"
         if step.kind == "sanitize" and code == 124:
@@ -281,50 +181,18 @@ def described() -> dict:
     return json.loads(asked.stdout.splitlines()[-1]) if asked.returncode == 0 else {"error": asked.stderr[-500:]}
 
 
-def unresolved(step: Step) -> list[str]:
-    """What would keep a step from starting: missing files, modules that do not import, arguments they do not know."""
-    problems = [f"{path} is missing" for path in step.needs if not path.exists()]
-    command = step.command
-    if "pytest" in command:
-        path = next(Path(word) for word in command if word.startswith("tests/"))
-        nodes = ast.walk(ast.parse((ROOT / path).read_text()))
-        marked = any(isinstance(node, ast.Attribute) and node.attr == "gpu" for node in nodes)
-        return problems + ([] if marked else [f"{path} has no test marked gpu"])
-    module = next((word for word in command if word.startswith("benchmarks.")), None)
-    if module is None:
-        return problems
-    words = command[command.index(module) + 1 :]
-    late = ["--seconds-budget", "1"] if step.kind in ("ops", "model", "tune") else []  # what Session.adapted adds
-    try:
-        loaded = importlib.import_module("benchmarks.tune" if "--tune" in words else module)
-        loaded._parser().parse_args(words + late)
-    except SystemExit:
-        problems.append(f"{module} does not take {' '.join(words)}")
-    except Exception as error:
-        problems.append(f"{module}: {type(error).__name__}: {error}")
-    return problems
-
-
-def dry_run(steps: list[Step]) -> int:
-    """Print the steps; 1 if one of them could not start."""
-    bad = 0
-    for step in steps:
-        print(f"{step.kind:12}{step.name:28}{step.least:4.0f} to {step.most:3.0f} s  {step.shown()}")
-        if step.about and step.kind == "tests":
-            print(f"{'':12}red: no speed of {', '.join(step.about)}")
-        for problem in unresolved(step):
-            bad += 1
-            print(f"{'':12}UNRESOLVED: {problem}")
-    for tool in ("nvcc", "ninja", "compute-sanitizer", "g++"):
-        print(f"{tool:20}{program(tool) or 'not found on this machine'}")
-    return int(bad > 0)
-
-
 def default_out() -> Path:
     """benchmarks/results/<machine>."""
     from benchmarks.machine import folder_name
 
     return ROOT / "benchmarks" / "results" / folder_name(described())
+
+
+def _kinds(text: str) -> tuple[str, ...]:
+    kinds = tuple(text.split(","))
+    if unknown := [kind for kind in kinds if kind not in STEPS]:
+        raise argparse.ArgumentTypeError(f"no such step: {', '.join(unknown)}; there are {', '.join(STEPS)}")
+    return kinds
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -333,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("out", nargs="?", type=Path, metavar="OUT_DIR", help="default: benchmarks/results/<machine>")
     parser.add_argument("--budget", type=float, default=540, help="seconds for everything (default: %(default)s)")
-    parser.add_argument("--only", choices=STEPS, help="one kind of step; the extension is built all the same")
+    parser.add_argument("--only", type=_kinds, help=f"some of {','.join(STEPS)}; the extension is built all the same")
     parser.add_argument("--commit", help="what is run, where the checkout cannot tell (default: git's answer)")
     parser.add_argument("--dry-run", action="store_true", help="print every step and check that it could start")
     parser.add_argument("--workers", type=int, help="test processes (default: 6 with pytest-xdist, else 0)")

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_run
-from benchmarks.gpu_run import Session, Step
+from benchmarks import gpu_run, gpu_steps
+from benchmarks.gpu_run import Session
+from benchmarks.gpu_steps import Step
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,9 +28,10 @@ def test_a_dry_run_resolves_every_step():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "UNRESOLVED" not in done.stdout
-    kinds = [line.split()[0] for line in done.stdout.splitlines() if line.split()[0] in gpu_run.STEPS]
-    assert list(dict.fromkeys(kinds)) == list(gpu_run.STEPS)  # in the order of importance
-    for path in gpu_run.gpu_test_files():
+    kinds = [line.split()[0] for line in done.stdout.splitlines() if line.split()[0] in gpu_steps.STEPS]
+    assert list(dict.fromkeys(kinds)) == list(gpu_steps.STEPS)  # in the order of importance
+    assert kinds.index("ops") < kinds.index("model") < len(kinds) - kinds[::-1].index("ops")  # compiled rivals later
+    for path in gpu_steps.gpu_test_files():
         assert path.name in done.stdout
 
 
@@ -57,28 +59,28 @@ def test_the_session_itself_wants_a_gpu(monkeypatch, tmp_path):
     ],
 )
 def test_a_dry_run_sees_what_would_not_start(step, words, capsys):
-    assert words in " ".join(gpu_run.unresolved(step))
-    assert gpu_run.dry_run([step]) == 1
+    assert words in " ".join(gpu_steps.unresolved(step))
+    assert gpu_steps.dry_run([step]) == 1
     assert "UNRESOLVED" in capsys.readouterr().out
 
 
 def test_every_op_is_known_and_every_file_of_gpu_tests_is_about_something():
     from benchmarks.ops import OPS
 
-    assert set(gpu_run.OPS) == set(OPS)
-    assert {op for ops in gpu_run.ABOUT.values() for op in ops} == set(OPS)
-    assert gpu_run.about(Path("tests/test_attention_gpu.py")) == ("mask_unit_attention", "q_pool")
-    assert all(map(gpu_run.about, (ROOT / "tests").glob("test_*_gpu.py")))
-    assert gpu_run.about(Path("tests/test_attention_compile.py")) == ()
-    assert gpu_run.about(Path("tests/test_window_attention_gpu.py")) == ("window_attention",)
-    assert gpu_run.about(Path("tests/test_train.py")) == ()
+    assert set(gpu_steps.OPS) == set(OPS)
+    assert {op for ops in gpu_steps.ABOUT.values() for op in ops} == set(OPS)
+    assert gpu_steps.about(Path("tests/test_attention_gpu.py")) == ("mask_unit_attention", "q_pool")
+    assert all(map(gpu_steps.about, (ROOT / "tests").glob("test_*_gpu.py")))
+    assert gpu_steps.about(Path("tests/test_attention_compile.py")) == ()
+    assert gpu_steps.about(Path("tests/test_window_attention_gpu.py")) == ("window_attention",)
+    assert gpu_steps.about(Path("tests/test_train.py")) == ()
 
 
 @pytest.fixture
 def session(tmp_path, monkeypatch):
     """Runs steps whose commands are one line of Python each; yields (their entries by name, the folder)."""
     monkeypatch.setattr(gpu_run, "described", lambda: {"gpu": "none", "commit": "abc"})
-    monkeypatch.setattr(gpu_run, "program", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(gpu_steps, "program", lambda name: f"/usr/bin/{name}")
 
     def run(*steps, budget=60.0):
         options = gpu_run._parser().parse_args([str(tmp_path), "--budget", str(budget)])
@@ -168,7 +170,7 @@ def test_nothing_hangs_and_what_does_not_fit_is_listed(session, tmp_path):
 def test_at_most_eight_files(tmp_path):
     options = gpu_run._parser().parse_args([str(tmp_path)])
     options.workers = 0
-    steps = gpu_run.planned(options, tmp_path / "scratch")
+    steps = gpu_steps.planned(options, tmp_path / "scratch")
     named = {
         word for step in steps for word in step.command if word.startswith(f"{tmp_path}/") and "scratch" not in word
     }
@@ -176,5 +178,7 @@ def test_at_most_eight_files(tmp_path):
 
 
 def test_one_kind_of_step_and_the_build_that_it_needs(tmp_path):
-    options = gpu_run._parser().parse_args([str(tmp_path), "--only", "sanitize"])
-    assert {step.kind for step in gpu_run.planned(options, tmp_path)} == {"build", "sanitize"}
+    options = gpu_run._parser().parse_args([str(tmp_path), "--only", "sanitize,tune"])
+    assert {step.kind for step in gpu_steps.planned(options, tmp_path)} == {"build", "sanitize", "tune"}
+    with pytest.raises(SystemExit):
+        gpu_run._parser().parse_args(["--only", "everything"])
