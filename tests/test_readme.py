@@ -44,6 +44,14 @@ def test_the_commands_exist(module):
     assert "usage" in done.stdout
 
 
-@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!http|#)([^)#]+)", README))))
-def test_the_links_lead_somewhere(link):
-    assert (ROOT / link).exists()
+def links(document: Path) -> list[tuple[Path, str]]:
+    return [(document, link) for link in sorted(set(re.findall(r"\]\((?!http|#)([^)#]+)", document.read_text())))]
+
+
+@pytest.mark.parametrize(
+    ("document", "link"),
+    [each for name in ("README.md", "docs/results.md") for each in links(ROOT / name)],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_the_links_lead_somewhere(document, link):
+    assert (document.parent / link).exists()
