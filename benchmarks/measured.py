@@ -24,6 +24,7 @@ def measure(
     rounds: tuple[int, int] = (15, 400),
     cold_bytes: int = timing.COLD_BYTES,
     graphs: bool = True,
+    tf32: bool = False,
 ) -> list[dict]:
     """One row per pass, candidate and, on a GPU, way of launching (eager; CUDA graph); ours first, no speed without
     parity.
@@ -35,8 +36,10 @@ def measure(
         rounds: How often each candidate is timed, at least and at most.
         cold_bytes: Inputs are rotated through at least this much memory.
         graphs: On a GPU, time CUDA graphs too.
+        tf32: PyTorch has been told to multiply fp32 by TF32.
     """
     trial = case.build(device)
+    trial.tf32 = tf32
     if any(name.startswith(("compiled", "flex")) for name in trial.candidates):
         torch._dynamo.reset()  # what it keeps of the case before would count against its limits
     found = verdicts(trial, passes)
@@ -74,7 +77,7 @@ def _rows_of_pass(case, trial, name, found, inputs, device, seconds, copy_gb_per
             "candidate": candidate,
             "shape": case.shape,
             "batch": case.batch,
-            "dtype": str(case.dtype).removeprefix("torch."),
+            "dtype": "tf32" if trial.tf32 else str(case.dtype).removeprefix("torch."),
             "pass": name,
             "graph": graph,
             "bytes": moved,

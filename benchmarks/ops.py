@@ -26,6 +26,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -100,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shape", metavar="NAME", help="one shape, e.g. hiera_base_224.stage1 (token order: a model)")
     parser.add_argument("--batch", type=int, help="images, or clips (default: the table's, or 8 with --shape)")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=[], help="default: the table's")
+    parser.add_argument("--tf32", action="store_true", help="on a GPU, multiply fp32 by TF32, in every candidate")
     parser.add_argument("--pass", nargs="+", choices=PASSES, dest="passes", help="default: forward backward both")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's own choice)")
@@ -138,8 +140,12 @@ def _chosen(parser: argparse.ArgumentParser, options: argparse.Namespace, device
         parser.error(str(error))
     found = {name: cases[: options.first] for name, cases in found.items()}
     cases = [case for case in most_important_first(found) if options.only in case.label]
+    if options.tf32:
+        cases = [replace(case, note=f"tf32 {case.note}".strip()) for case in cases if case.dtype is torch.float32]
     if not cases:
-        parser.error(f"no case holds {options.only!r}")
+        parser.error(
+            f"no case holds {options.only!r}" + (" and is of float32: --dtype float32" if options.tf32 else "")
+        )
     return cases
 
 
@@ -195,6 +201,8 @@ def run(cases: list[Case], device: torch.device, options: argparse.Namespace) ->
             left_out.append(f"{case.op} {case.label}")
             continue
         torch.manual_seed(0)
+        if device.type == "cuda":  # said outright: what a script before this one left is not measured
+            torch.backends.cuda.matmul.fp32_precision = "tf32" if options.tf32 else "ieee"
         try:
             found = measure(
                 case,
@@ -205,6 +213,7 @@ def run(cases: list[Case], device: torch.device, options: argparse.Namespace) ->
                 rounds=(5, 50) if options.quick else (15, 400),
                 cold_bytes=QUICK_COLD_BYTES if options.quick else timing.COLD_BYTES,
                 graphs=not options.no_graphs,
+                tf32=options.tf32,
             )
             tqdm.write("\n" + tables(found))
         except Exception as error:  # the other cases are measured all the same

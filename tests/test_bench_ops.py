@@ -115,6 +115,7 @@ def test_any_shape_can_be_named(op, shape):
         (["unroll", "--shape", "hiera_base_224.stage1"], "belongs to a whole model"),
         (["--shape", "hiera_base_224.stage1"], "needs the ops"),
         (["gelu", "--only", "no case at all"], "no case holds"),
+        (["gelu", "--dtype", "bfloat16", "--tf32"], "--dtype float32"),
     ],
 )
 def test_what_does_not_exist_is_refused_in_words(arguments, words, capsys):
