@@ -29,6 +29,7 @@ from benchmarks.machine import current_commit
 from benchmarks.op_costs import KINDS
 from benchmarks.op_places import stage_of
 from benchmarks.workloads import VIDEO, Workload
+from hiera_kernels.ops.calling import has_kernel
 
 DTYPES = {"autocast": "autocast-bfloat16", "cast": "bfloat16"}
 CANDIDATES = ("stock", "folded", "accelerated", "accelerated hiera")
@@ -284,6 +285,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--commit", help="what is counted, where the checkout cannot tell (default: git's answer)")
     options = parser.parse_args(arguments)
     commit = options.commit or current_commit()
+    if not has_kernel("mask_unit_attention", "cuda"):
+        parser.error("Triton is not installed: without its kernels, accelerated would be counted as plain PyTorch")
     if options.predicted:
         for name, rows in predicted_rows().items():
             written(rows, RESULTS / "predicted" / f"{name}.json", commit)

@@ -40,6 +40,8 @@ PREDICTIONS = [
     prediction("stock", 80.0, 128 * 100_000_000),
     prediction("folded", 48.0, 128 * 90_000_000),
     prediction("accelerated", 32.0, 128 * 45_000_000),
+    prediction("stock", 60.0, 128 * 50_000_000, case="trunk"),  # which has no folded rival
+    prediction("accelerated", 40.0, 128 * 25_000_000, case="trunk"),
 ]
 
 
@@ -106,6 +108,7 @@ def test_without_a_gpu_there_is_a_prediction_and_it_is_called_one(results):
     table = report_steps.steps(results)
     assert table.startswith("Not measured on a GPU yet.")
     assert f"| {CASE} | 80.0 ms | 48.0 ms | 32.0 ms | 2.50x | 1.50x | 100, 90, 45 (0.45x) |" in table
+    assert "| trunk | 60.0 ms | - | 40.0 ms | 1.50x | - | 50, 25 (0.50x) |" in table
     assert "**Predicted, not measured**" in table
     assert "commit 0123456789ab" in table
 
