@@ -27,7 +27,7 @@ BLOCKS = 6
 def pair(name="hiera", **settings):
     stock = build(name, **settings)
     ours = copy.deepcopy(stock)
-    accelerate(ours)
+    assert not accelerate(ours).skipped
     return stock, ours
 
 
@@ -52,7 +52,7 @@ def chained(between, name="hiera"):
     model = build(name, stages=(3, 1, 1, 1))
     stock = Chained(model, between)
     ours = copy.deepcopy(stock)
-    accelerate(ours)
+    assert not accelerate(ours).skipped
     return stock, ours
 
 
