@@ -1,7 +1,7 @@
 """What the row kernels move, in 32-byte sectors, against what has to move at least (tests/gates/traffic.py).
 
 Programs of as many rows as at batch 128, of which there are fewer here. Stage 4 at batch 128 has only 16 rows a
-program, so that every SM has work: there weights and partial sums, which stay in L2, add 3 to 10 percent.
+program, so that every SM has work: there weights and partial sums, which stay in L2, add 6 to 10 percent.
 """
 
 import pytest

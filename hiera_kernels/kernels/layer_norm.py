@@ -6,6 +6,7 @@ C0 + C1 (96 = 64 + 32, 1152 = 1024 + 128); where one chunk is as short (112 in 1
 variance are two passes over registers: the deviations are squared, never the values. Bytes are read and written once.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -154,6 +155,7 @@ class RowTile(NamedTuple):
         return {"C": C, "C0": self.c0, "C1": self.c1, "BLOCK_R": self.block_r}
 
 
+@functools.cache
 def row_tile(C: int) -> RowTile:
     """Rows that give each thread PER_THREAD numbers; never one row alone, which would leave threads without work."""
     c0 = triton.next_power_of_2(C)
@@ -212,8 +214,8 @@ def add_layer_norm_forward(
 ) -> tuple[torch.Tensor, ...]:
     """Launch the forward: x, branch [B, ..., C], any strides -> sum in dtype ([0]: no branch), normed, mean, rstd."""
     x, branch, weight, bias, drop_scale, layer_scale = contiguous(x, branch, weight, bias, drop_scale, layer_scale)
-    total = None if branch is None else torch.empty_like(x, dtype=dtype)
-    normed = torch.empty_like(x, dtype=normed_dtype)
+    total = None if branch is None else x.new_empty(x.shape, dtype=dtype)
+    normed = x.new_empty(x.shape, dtype=normed_dtype)
     mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
     if x.numel() > 0:
         with on_device(x):
@@ -231,7 +233,7 @@ def normalize(
 ) -> torch.Tensor:
     """Launch the normalization: total [..., C], any strides, mean and rstd [...] -> normed [..., C], contiguous."""
     total, mean, rstd, weight, bias = contiguous(total, mean, rstd, weight, bias)
-    normed = torch.empty_like(total, dtype=dtype)
+    normed = total.new_empty(total.shape, dtype=dtype)
     if total.numel() > 0:
         with on_device(total):
             plan_normalize(total, mean, rstd, weight, bias, normed).run()

@@ -200,7 +200,8 @@ def add_layer_norm_backward(
     grad_sum, grad_normed, total, mean, rstd = contiguous(grad_sum, grad_normed, total, mean, rstd)
     weight, branch, drop_scale, layer_scale = contiguous(weight, branch, drop_scale, layer_scale)
     grad_x, grad_branch = (
-        None if dtype is None else torch.empty_like(total, dtype=dtype) for dtype in (grad_x_dtype, grad_branch_dtype)
+        None if dtype is None else total.new_empty(total.shape, dtype=dtype)
+        for dtype in (grad_x_dtype, grad_branch_dtype)
     )
     shape = (sum(sums), total.shape[-1])
     if total.numel() == 0:

@@ -58,7 +58,8 @@ def sum_dtype(
     dtype = x.dtype
     if branch is not None:
         for tensor in (branch, layer_scale):
-            dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
+            if tensor is not None and tensor.dtype is not dtype:
+                dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
 
 

@@ -13,7 +13,7 @@ from tests.gates.compiled import CAPABILITIES, Job
 # Stages of Hiera T/S/B, B+, L and H, and the width of the MAE decoders.
 PUBLISHED = (96, 112, 144, 192, 224, 256, 288, 384, 448, 512, 576, 768, 896, 1024, 1152, 2048)
 STAGE_1 = (96, 112, 144, 256)
-ODD = (8, 24, 40, 104, 640, 1000, 1280, 1536, 1920)
+ODD = (8, 40, 100, 640, 1000, 1536)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -110,7 +110,7 @@ def _models() -> Iterator[tuple[int, RowVariant, tuple[int, int]]]:
 def _everything() -> Iterator[tuple[int, RowVariant, tuple[int, int]]]:
     dtypes = ((BF16, BF16), (FP16, FP16), (FP32, BF16), (FP32, FP32))
     for C, (stream, half), capability in itertools.product(PUBLISHED + ODD, dtypes, CAPABILITIES):
-        if C in ODD and capability != (9, 0):
+        if capability != (9, 0) and (C in ODD or half is not BF16):
             continue
         for direction in ("forward", "backward"):
             yield C, RowVariant(direction, stream, half), capability
