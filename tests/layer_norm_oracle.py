@@ -120,14 +120,14 @@ def wanted(arguments, grad_sum=None, grad_normed=None, eps=1e-6, total=None):
 
 @contextlib.contextmanager
 def kernels_on_cpu():
-    """The defaults of the ops (plain operations), registered as the CPU's own kernels; yields the calls."""
+    """The defaults of the ops (plain operations), registered as the CPU's own kernels; yields the calls, name first."""
     from hiera_kernels.ops import layer_norm_library, normed_linear
 
     calls = []
 
     def counted(name, function):
         def call(*args, **kwargs):
-            calls.append(name)
+            calls.append((name, *args))
             return function(*args, **kwargs)
 
         return call

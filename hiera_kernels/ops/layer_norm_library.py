@@ -102,9 +102,9 @@ def default_backward(
     sums = [make() for make, asked in zip(per_channel, wanted[2:], strict=True) if asked]
     grad_channels = torch.stack(sums) if sums else sum.new_empty(0, dtype=exact)
     shared = shared_gradient(x_dtype, branch_dtype, drop_scale, layer_scale)
-    nothing = sum.new_empty(0)
-    grad_x = grad.to(x_dtype).contiguous() if wanted[0] or (wanted[1] and shared) else nothing.to(x_dtype)
-    grad_branch = grad_branch.to(branch_dtype).contiguous() if wanted[1] and not shared else nothing.to(branch_dtype)
+    grad_x = grad.to(x_dtype).contiguous() if wanted[0] or (wanted[1] and shared) else sum.new_empty(0, dtype=x_dtype)
+    separate = wanted[1] and not shared
+    grad_branch = grad_branch.to(branch_dtype).contiguous() if separate else sum.new_empty(0, dtype=branch_dtype)
     return grad_x, grad_branch, grad_channels
 
 
