@@ -10,6 +10,7 @@ import types
 import weakref
 from collections.abc import Iterator
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -43,6 +44,13 @@ class Target:
 
     def note(self, module: nn.Module) -> str | None:
         """What else the report should say of a module that is swapped, or None."""
+        return None
+
+    def declined(self, module: nn.Module, x: torch.Tensor) -> str | None:
+        """Why no kernel serves the op as this module calls it, on the device and in the dtype of `x`, an empty tensor.
+
+        None if one does, or if only a call can tell.
+        """
         return None
 
     def arrived(self, module: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from hiera_kernels.adapters import TARGETS
@@ -134,16 +135,32 @@ def _report(model: nn.Module, findings: list[_Finding]) -> Report:
     for finding in findings:
         if finding.reason is None:
             note = finding.target.note(finding.module)
-            text = _says(finding.target, device) + (f"; {note}" if note else "")
+            text = _says(finding.target, finding.module, device) + (f"; {note}" if note else "")
             report.replaced.append(Line(finding.path, text))
         else:
             report.skipped.append(Line(finding.path, f"{type(finding.module).__name__}: {finding.reason}"))
     return report
 
 
-def _says(target: Target, device: str) -> str:
-    how = "compiled kernel" if any(has_kernel(op, device) for op in target.ops) else "plain PyTorch, no kernel"
-    return f"{target.method} -> {', '.join(target.ops)} ({how} for {device})"
+def _says(target: Target, module: nn.Module, device: str) -> str:
+    how = f"plain PyTorch, no kernel for {device}"
+    if any(has_kernel(op, device) for op in target.ops):
+        how = _served(target, module, device)
+    return f"{target.method} -> {', '.join(target.ops)} ({how})"
+
+
+def _served(target: Target, module: nn.Module, device: str) -> str:
+    """What its kernel says to the calls of this module, in 16 bits, as under autocast, and in the weights' dtype."""
+    weight = next(module.parameters(), None)
+    if weight is None or weight.device.type != device or not weight.is_floating_point():
+        return f"compiled kernel for {device}"
+    asked = dict.fromkeys((torch.bfloat16, weight.dtype))
+    refused = {dtype: target.declined(module, torch.empty(0, dtype=dtype, device=weight.device)) for dtype in asked}
+    if (reason := refused[torch.bfloat16]) is not None:
+        return f"plain PyTorch for {device}: {reason}"
+    if (reason := refused[weight.dtype]) is not None:
+        return f"compiled kernel for {device} under autocast, else plain PyTorch: {reason}"
+    return f"compiled kernel for {device}"
 
 
 def _checked(model: nn.Module) -> nn.Module:

@@ -15,6 +15,7 @@ from hiera_kernels import kernels, platform_report
 from hiera_kernels.kernels import limits
 from hiera_kernels.ops import attention, calling, pooling
 from tests.attention_kernels import oracle_kernels_on_cpu
+from tests.swap_cases import build
 
 pytest.importorskip("triton")  # without it nothing is registered for CUDA, and nothing has limits
 ATTENTION = torch.ops.hiera_kernels.mask_unit_attention.default
@@ -140,6 +141,32 @@ def test_the_report_tells_what_is_not_served(gpu, monkeypatch):
     how, why = row()
     assert how == platform_report.REFERENCE
     assert "sm_75" in why
+
+
+@pytest.mark.parametrize("library", ["hiera", "hiera-transformer"])
+def test_explain_tells_what_is_not_served(library, monkeypatch):
+    """fp32 weights are served under autocast only; what has no kernel in any dtype is said to be plain PyTorch."""
+    model = build(library, dtype=torch.float32)
+
+    def lines():
+        return {path: text for path, text in hiera_kernels.explain(model).replaced if path.endswith(".attn")}
+
+    def limit(qkv, num_heads, num_windows, q_stride):
+        if qkv.shape[1] > 16:
+            return "too long"
+        return "no fp32 here" if qkv.dtype is torch.float32 else None
+
+    assert {text.partition("(")[2] for text in lines().values()} == {"plain PyTorch, no kernel for cpu)"}
+    with oracle_kernels_on_cpu():
+        assert {text.partition("(")[2] for text in lines().values()} == {"compiled kernel for cpu)"}
+        monkeypatch.setitem(calling.limits, ("mask_unit_attention", "cpu"), limit)
+        assert lines() == {
+            f"blocks.{i}.attn": f"forward -> mask_unit_attention ({how})"
+            for i, how in enumerate(
+                ["plain PyTorch for cpu: too long"] * 2
+                + ["compiled kernel for cpu under autocast, else plain PyTorch: no fp32 here"] * 4
+            )
+        }
 
 
 def test_limits_come_and_go_with_their_kernel():

@@ -10,7 +10,7 @@ import math
 import torch
 
 from hiera_kernels.lookalike import Affine, Probe
-from hiera_kernels.ops.attention import mask_unit_attention
+from hiera_kernels.ops.attention import mask_unit_attention, refusal
 from hiera_kernels.ops.token_order import reroll, reroll_masked, unroll
 from hiera_kernels.recognise import Target
 
@@ -82,6 +82,11 @@ class Attention(Target):
                 tied = torch.cat([groups[:, :2], groups[:, :2]], dim=1).reshape(x.shape)
                 found.append(Probe(f"{name}, ties", holds, (fresh.leaf(tied),)))
         return found
+
+    def declined(self, module, x):
+        """Asked of a window; of global attention, whose length only a call tells, with the shortest."""
+        keys = module.q_stride * (module.window_size if module.use_mask_unit_attn else 1)
+        return refusal(x.new_empty(0, keys, 3 * module.dim_out), module.heads, 1, module.q_stride)
 
     @staticmethod
     def fused(module, x):
