@@ -2,7 +2,7 @@
 
 What was broken on purpose, each alone, and which test went red: see test_kernel_mlp.py for the kernels.
 - x kept for a frozen weight: test_bytes_that_autograd_keeps
-- bits for a NaN maximum: test_ties_and_nan_go_where_pytorch_sends_them
+- a bit for a NaN maximum: test_ties_and_nan_go_where_pytorch_sends_them
 """
 
 import contextlib

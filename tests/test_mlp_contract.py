@@ -1,4 +1,8 @@
-"""`gelu`, `gelu_linear` and `mlp`: autocast, opcheck, torch.compile, torch.export, bad arguments."""
+"""`gelu`, `gelu_linear` and `mlp`: autocast, opcheck, torch.compile, torch.export, bad arguments.
+
+What was broken on purpose, and which test went red:
+- a backward that autocast reaches into: test_a_backward_under_autocast_computes_as_its_forward_did
+"""
 
 import pytest
 import torch

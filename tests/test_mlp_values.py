@@ -1,9 +1,10 @@
 """`gelu`, `gelu_linear` and `mlp`: values and every gradient against the NumPy oracle, and what a call costs.
 
 What was broken on purpose, each alone, and which test went red:
-- the kept GELU(h) used for a second derivative, h taken for independent of the bias it holds:
-  test_second_derivatives_are_plain_pytorchs
-- h and GELU(h) swapped in the gradient of w2, the bias added to h twice: test_values_and_all_gradients
+- h taken for independent of the bias that it holds: test_second_derivatives_are_plain_pytorchs; in `gelu`:
+  test_second_derivatives_of_a_kernel_are_refused
+- the kept GELU(h) used for a second derivative: test_derivatives_of_first_and_second_order_are_right
+- h in place of GELU(h) in the gradient of w2: test_values_and_all_gradients
 - GELU(h) kept although it is recomputed: test_bytes_that_autograd_keeps
 - the product for a frozen w2 made all the same: test_what_is_frozen_costs_no_product
 """
@@ -154,21 +155,23 @@ def test_second_derivatives_are_plain_pytorchs(function):
 
 @pytest.mark.parametrize("function", ["mlp", "mlp, all kept", "parts", "gelu"])
 def test_second_derivatives_of_a_kernel_are_refused(function):
-    for asked in range(4):
+    def penalty(tensors, leaves, linear):
+        out = FUNCTIONS[function](*tensors)
+        grads = torch.autograd.grad((out if linear else out.square()).sum(), leaves, create_graph=True)
+        return sum(grad.square().sum() for grad in grads)
+
+    # Of a linear loss the output's gradient is a constant: only what is kept can lead back to the arguments.
+    for asked, linear in itertools.product(range(4), (True, False)):
         tensors, _ = draw("tokens", torch.float32)
         tensors = [t.detach().requires_grad_(i == asked) for i, t in enumerate(tensors)]
         if asked == 3:  # linear in w2: with it alone no derivative of GELU is in play
             tensors[2].requires_grad_()
+        leaves = [t for t in tensors if t.requires_grad]
         with oracle_kernels_on_cpu():
-            out = FUNCTIONS[function](*tensors).square().sum()
-            leaves = [t for t in tensors if t.requires_grad]
-            grads = torch.autograd.grad(out, leaves, create_graph=True)
             with pytest.raises(NotImplementedError, match=r"hiera_kernels.disabled\(\)"):
-                torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+                torch.autograd.grad(penalty(tensors, leaves, linear), leaves)
             with hiera_kernels.disabled():
-                out = FUNCTIONS[function](*tensors).square().sum()
-                grads = torch.autograd.grad(out, leaves, create_graph=True)
-                torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+                torch.autograd.grad(penalty(tensors, leaves, linear), leaves)
 
 
 @KERNELS

@@ -123,10 +123,10 @@ def check_dtypes(first: str, **tensors: torch.Tensor | None) -> None:
 
 
 def activated(x: torch.Tensor, fused: bool) -> torch.Tensor:
-    """GELU(x), inside an autograd.Function; where autograd records (a second derivative), it records this too."""
+    """GELU(x), of an x that needs no gradient, or inside the forward of an autograd.Function."""
     if not fused:
         return F.gelu(x)
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if torch.compiler.is_compiling():
         return _OP(x)
     with calling.below_autograd():
         return _OP(x)
