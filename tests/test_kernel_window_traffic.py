@@ -3,12 +3,16 @@
 The least is qkv read and out written, or in the backward qkv and the gradient of out read and that of qkv written, all
 of the map and nothing else: a padded copy, a partition or a crop that went through memory would be seen at once, and so
 would one head of D = 56 to a program (1.14).
+
+Broken on purpose: whole windows that store sums of padded tokens too, into the place of another window's. Every other
+test stays green; test_no_two_programs_write_the_same_sector does not.
 """
 
 import dataclasses
 
 import pytest
 
+from benchmarks.window_shapes import WindowShape
 from tests.gates import traffic, window_cases
 
 pytestmark = pytest.mark.interpreted
@@ -67,6 +71,21 @@ def test_overhanging_windows_of_14_touch_nothing_but_the_map(direction, record_p
     record_property("sectors of each head / least", factor)
     print(f"{direction}: {factor:.3f} of the least")
     assert 1.0 <= factor <= (LIMIT if direction == "forward" else TWO_PASSES), traffic.table(counted)
+
+
+@pytest.mark.parametrize(
+    ("window", "pool", "Hs", "Ws"),
+    [(4, 1, 9, 11), (4, 2, 14, 6), (4, 1, 17, 8), (4, 1, 4, 15), (10, 2, 22, 14)],
+    ids=str,
+)
+def test_no_two_programs_write_the_same_sector(window, pool, Hs, Ws):
+    """A race on a GPU, which the interpreter's order of programs hides: sums of the pad row in the place of another."""
+    shape = WindowShape("odd", "race", Hs, Ws, H=2, D=16, window=window, pool=pool)
+    for direction in ("forward", "backward"):
+        for launch in recorded(shape, direction, "fp16"):
+            for (name, mode), count in launch.counts.items():
+                if mode == traffic.WRITE and name != "p_stats":  # 25 rows are not whole sectors
+                    assert count.sectors == count.distinct, (launch.kernel, name)
 
 
 def test_odd_shapes_stay_inside_their_tensors():

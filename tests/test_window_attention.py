@@ -92,6 +92,17 @@ def test_output_and_gradients_equal_the_oracle(case, with_pad):
     compare(case, qkv, pad if with_pad else None, grad)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(400))
+def test_any_map_any_window(seed):
+    rng = np.random.default_rng(seed)
+    pool = tuple(int(n) for n in rng.integers(1, 4, 2))
+    window = tuple(int(n) * p for n, p in zip(rng.integers(1, 5, 2), pool, strict=True))
+    Hs, Ws = (int(n) * p for n, p in zip(rng.integers(1, 7, 2), pool, strict=True))
+    case = (int(rng.integers(1, 3)), Hs, Ws, window, pool, int(rng.integers(1, 4)), int(rng.integers(1, 5)))
+    compare(case, *draw(case, seed=seed))
+
+
 def test_scale():
     case = CASES[1]
     compare(case, *draw(case), scale=0.7)

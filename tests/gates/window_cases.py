@@ -8,7 +8,8 @@ import torch
 
 from benchmarks.window_shapes import WindowShape, every
 from hiera_kernels.kernels import windows, windows_backward
-from hiera_kernels.kernels.launch_table import MAX_KEYS, Launch
+from hiera_kernels.kernels.launch_table import Launch
+from hiera_kernels.kernels.limits import MAX_KEYS, SMALL_KEYS
 from tests.gates.compiled import CAPABILITIES, Job
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -17,7 +18,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def plan(
     shape: WindowShape, direction: str, dtype: str, capability: tuple[int, int], batch: int, device: str
 ) -> list[Launch]:
-    """The launches of one call, as the package plans them; with a pad row, as the adapters call it."""
+    """The launches of one call, as the package plans them; with a pad row, as the adapters call it; fp32 in TF32."""
 
     def zeros(*sizes):
         return torch.zeros(sizes, dtype=DTYPES[dtype], device=device)
@@ -26,11 +27,18 @@ def plan(
     out = zeros(batch, shape.Hs // shape.pool, shape.Ws // shape.pool, shape.C)
     call = (shape.H, (shape.window, shape.window) if shape.window else (), (shape.pool, shape.pool), pad)
     if direction == "forward":
-        return windows.plan_forward(qkv, out, *call, None, capability)
-    partial = windows_backward.partial_sums(qkv, *call, capability)
-    return windows_backward.plan_backward(
-        torch.zeros_like(out), qkv, torch.zeros_like(qkv), partial, *call, None, capability
-    )
+        launches = windows.plan_forward(qkv, out, *call, None, capability)
+    else:
+        tensors = (
+            torch.zeros_like(out),
+            qkv,
+            torch.zeros_like(qkv),
+            windows_backward.partial_sums(qkv, *call, capability),
+        )
+        launches = windows_backward.plan_backward(*tensors, *call, None, capability)
+    if dtype == "fp32":  # without TF32 a GPU is asked for the smallest windows alone
+        launches = [launch._replace(constexprs=launch.constexprs | {"PRECISION": "tf32"}) for launch in launches]
+    return launches
 
 
 def overhangs(shape: WindowShape) -> bool:
@@ -73,6 +81,8 @@ def _models() -> Iterator[tuple[WindowShape, str, str, tuple[int, int]]]:
 
 def _everything() -> Iterator[tuple[WindowShape, str, str, tuple[int, int]]]:
     for shape, direction, dtype in itertools.product(served() + odd(), ("forward", "backward"), DTYPES):
+        if dtype == "fp32" and shape.window**2 > SMALL_KEYS:
+            continue  # 4-D SDPA serves it
         for capability in CAPABILITIES if shape.model != "odd" and dtype == "bf16" else ((9, 0),):
             yield shape, direction, dtype, capability
 
