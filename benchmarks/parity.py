@@ -22,11 +22,17 @@ def flat(outputs) -> list[torch.Tensor]:
     return [x for x in outputs if x is not None]
 
 
-def poison(like: Sequence[torch.Tensor]) -> None:
-    """Leave NaN in the memory that the allocator hands out next, so that an element nobody writes is not right."""
-    for x in like:
-        if x.is_floating_point():
-            torch.empty_like(x).fill_(float("nan"))
+def spoil(results: Sequence[torch.Tensor], keep: Sequence) -> None:
+    """Overwrite results with NaN, but for those in the memory of a tensor of `keep`.
+
+    Freed, their memory is what the allocator hands out to the next call: an element that nobody writes is then not the
+    right one of an earlier call.
+    """
+    kept = {x.untyped_storage().data_ptr() for x in keep if isinstance(x, torch.Tensor)}
+    for x in results:
+        overlaps = any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True))
+        if x.is_floating_point() and not overlaps and x.untyped_storage().data_ptr() not in kept:
+            x.detach().fill_(float("nan"))
 
 
 def judge(

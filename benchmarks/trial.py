@@ -96,33 +96,29 @@ def verdicts(trial: Trial, passes: tuple[str, ...]) -> dict[str, dict[str, tuple
     inputs = (trial.probe or trial.make)()
     wants_grad = any(name != "forward" for name in passes) and bool(leaves_of(inputs))
     truth, grads, truth_grads = _oracle(trial, inputs, wants_grad)
-    found = {}
+    leaves, found = leaves_of(inputs), {}
+
+    def answer(compute: Callable, wanted: list, exact: bool) -> tuple[str, str | None]:
+        try:
+            parity.spoil(*compute())
+            return parity.judge(_seen(trial, compute()[0]), wanted, narrowest(inputs), exact, trial.tf32), None
+        except Exception as error:
+            return "not compared", first_line(error)
+
     for name, function in trial.candidates.items():
-        found[name] = {}
-        try:
-            parity.poison(truth if not trial.per_sample else [])
+
+        def forward(function=function):
             with torch.no_grad():
-                got = parity.flat(function(*inputs))
-            found[name]["forward"] = (
-                parity.judge(_seen(trial, got), truth, narrowest(inputs), trial.exact, trial.tf32),
-                None,
-            )
-            del got
-        except Exception as error:
-            found[name]["forward"] = ("not compared", first_line(error))
-        if not wants_grad:
-            continue
-        try:
+                return parity.flat(function(*inputs)), inputs
+
+        def backward(function=function):
             outputs = differentiable(parity.flat(function(*inputs)))
-            leaves = leaves_of(inputs)
-            parity.poison(leaves)
             gave = [g.to(x.dtype) for g, x in zip(grads, outputs, strict=True)]
-            got = torch.autograd.grad(outputs, leaves, gave)
-            verdict = parity.judge(_seen(trial, got), truth_grads, narrowest(inputs), tf32=trial.tf32)
-            found[name]["backward"] = (verdict, None)
-            del outputs, got, gave
-        except Exception as error:
-            found[name]["backward"] = ("not compared", first_line(error))
+            return torch.autograd.grad(outputs, leaves, gave), (*inputs, *gave, *grads, *outputs)
+
+        found[name] = {"forward": answer(forward, truth, trial.exact)}
+        if wants_grad:
+            found[name]["backward"] = answer(backward, truth_grads, False)
     return found
 
 

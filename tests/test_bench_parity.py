@@ -159,10 +159,24 @@ def test_a_rival_that_cannot_run_says_why_and_does_no_harm(monkeypatch, tmp_path
 
 
 def test_memory_that_nobody_writes_is_not_right():
-    """The allocator hands out again what the oracle or a rival has left; poisoned, it cannot pass for a result."""
-    like = torch.empty(1 << 12)
-    parity.poison([like])
+    """The allocator hands out again what an earlier call has left; spoiled, it cannot pass for a result."""
     shape = TokenShape("toy", 2, (4, 4), ((2, 2),), 3, torch.float32, None)
     made = token_order.move_trial("unroll", shape, CPU)
-    made.candidates = {"lazy": lambda x: torch.full_like(x, float("nan"))}
-    assert trial.verdicts(made, ("forward",))["lazy"]["forward"][0].startswith("red")
+    memory = {}
+
+    def lazy(x):  # writes its result once, and then relies on what is there
+        if "out" not in memory:
+            memory["out"] = made.candidates["single_permute"](x)
+        return memory["out"]
+
+    lazily = trial.Trial(made.make, {"lazy": lazy}, made.oracle, made.bytes, exact=True, per_sample=True)
+    assert trial.verdicts(lazily, ("forward",))["lazy"]["forward"][0].startswith("red")
+
+
+def test_spoiling_harms_no_input():
+    x = torch.ones(4, 3)
+    view, fresh, wide = x[1:], torch.ones(2), torch.ones(1).expand(5)
+    parity.spoil([view, fresh, wide, torch.arange(3)], [x, None])
+    assert x.equal(torch.ones(4, 3))
+    assert fresh.isnan().all()
+    assert wide.equal(torch.ones(5))
