@@ -85,6 +85,44 @@ def test_what_is_frozen_changes_no_other_gradient(frozen):
     against_the_oracle(arguments, *torch.randn(2, 3, 5, 24))
 
 
+@pytest.mark.parametrize(
+    ("alone", "without"),
+    [
+        ("x", ()),
+        ("branch", ()),
+        ("layer_scale", ("drop_scale",)),
+        ("x", ("drop_scale", "layer_scale")),
+        ("branch", ("drop_scale", "layer_scale")),
+        ("weight", ("drop_scale", "layer_scale")),
+    ],
+    ids=str,
+)
+def test_one_gradient_alone(alone, without):
+    arguments = oracle.draw((3, 5, 24), without=without)
+    for name, tensor in arguments.items():
+        if tensor is not None:
+            tensor.requires_grad_(name == alone)
+    against_the_oracle(arguments, *torch.randn(2, 3, 5, 24))
+
+
+@pytest.mark.parametrize("without", [(), WITHOUT["LayerNorm alone"]], ids=["all", "alone"])
+def test_opcheck_with_the_kernels(without):
+    t = oracle.draw((2, 3, 24), without=without)
+    call = (t["x"], t["branch"], t["weight"], t["bias"], 1e-6, t["drop_scale"], t["layer_scale"], None)
+    ops = torch.ops.hiera_kernels
+    with kernels_on_cpu():
+        torch.library.opcheck(ops.add_layer_norm.default, (*call, t["branch_bias"]))
+        with torch.no_grad():
+            total, normed, mean, rstd = ops.add_layer_norm(*call)
+            total = t["x"].detach() if t["branch"] is None else total
+            fixed = [None if t[n] is None else t[n].detach() for n in ("weight", "branch", "drop_scale", "layer_scale")]
+        wanted = [True, t["branch"] is not None, True, True, *[t["branch"] is not None] * 2]
+        for asked in (wanted, [False] * 6):
+            call = (total * 2, normed, total, mean, rstd, *fixed, torch.float32, torch.float32, asked)
+            torch.library.opcheck(ops.add_layer_norm_backward.default, call)
+        torch.library.opcheck(ops.normalize.default, (total, mean, rstd, fixed[0], None, torch.float16))
+
+
 @pytest.mark.parametrize("scales", [(), ("drop_scale", "layer_scale")], ids=["plain", "scaled"])
 def test_a_residual_in_fp32_with_a_branch_in_fp16(scales):
     """Stage 1 under autocast: the sum stays in fp32, the branch and what LayerNorm writes are in 16 bits."""
