@@ -296,6 +296,9 @@ def test_copies_know_their_own_followers(way):
     alone = copy.deepcopy(ours.blocks[2]) if way == "deepcopy" else pickle.loads(pickle.dumps(ours.blocks[2]))
     assert plan_of(alone).follower(alone) is None
     assert len(pickle.dumps(ours.blocks[2])) < 2 * len(pickle.dumps(stock_like(ours.blocks[2])))
+    shallow = copy.copy(ours.blocks[2])
+    assert plan_of(shallow).follower(shallow) is None
+    assert followers(ours) == [*ours.blocks[1:], None]
     replica = ours.blocks[0]._replicate_for_data_parallel()
     assert plan_of(replica).follower(replica) is None
     with default_kernels_on_cpu() as calls:

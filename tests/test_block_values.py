@@ -79,11 +79,11 @@ def test_masks_and_intermediates(name):
     assert_equal(by_ops(ours, x, mask, True)[0], step(stock, x, mask, True))
 
 
-def recorded(model):
-    """Dtypes that every module inside a block, and the block, is given and returns."""
+def recorded(model, ends):
+    """Dtypes that modules inside a block, and the block, are given and return."""
     seen = []
     for path, module in model.named_modules():
-        if path.startswith("blocks."):
+        if path.startswith("blocks.") and path.endswith(ends):
             module.register_forward_hook(
                 lambda m, args, out, path=path: seen.append((path, args[0].dtype, out.dtype)),
             )
@@ -107,13 +107,14 @@ def test_autocast_keeps_the_dtypes_that_hooks_see(name, settings):
         by_ops(ours, x)
     assert blocks[0] == blocks[1]
     assert {d for each in blocks[0] for d in each} == {torch.float32} | (set() if settings else {torch.bfloat16})
-    # Now with somebody listening to every module: each is called, and sees what it always saw.
-    seen = [recorded(model) for model in (stock, ours)]
-    with torch.autocast("cpu", torch.bfloat16):
-        step(stock, x)
-        by_ops(ours, x)
-    assert seen[0] == seen[1]
-    assert len(seen[0]) > 6 * 8
+    # Now with somebody listening to attention and MLP, which are then called on what the op wrote; then to every module.
+    for ends in (("attn", "mlp"), ""):
+        seen = [recorded(model, ends) for model in (stock, ours)]
+        with torch.autocast("cpu", torch.bfloat16):
+            step(stock, x)
+            by_ops(ours, x)
+        assert seen[0] == seen[1]
+        assert len(seen[0]) >= 6 * (8 if ends == "" else 2)
 
 
 @pytest.mark.parametrize("autocast", [True, False])
