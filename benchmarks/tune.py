@@ -171,7 +171,11 @@ def _measure(jobs, capability, options) -> int:
             continue
         tiles = candidates(key)[: options.most]
         answers = ahead(key, shape, tiles, capability, dtype, options.jobs)
-        compiled = [tile for tile in tiles if tile is tiles[0] or answers[tile] is None]
+        if answers[tiles[0]] is None:
+            compiled = [tile for tile in tiles if answers[tile] is None]
+        else:  # the rules' own is known to compile: it is the compiling ahead that fails, and launching compiles too
+            print(f"not compiled ahead: {answers[tiles[0]]}", flush=True)
+            compiled, answers = tiles, {}
         try:
             bench = Bench(key, shape, batch, dtype, tiles[0], capability, device)
         except Exception as error:

@@ -194,6 +194,13 @@ def test_a_whole_session_writes_rows_and_records(monkeypatch, tmp_path, capsys):
     content = json.loads(record.read_text())
     assert [r["key"][0] for r in content["results"]] == ["forward", "backward_kv"]
     assert all(reason == "ptxas died" for r in content["results"] for reason, *_ in r["not_compiled"])
+    # A Triton that cannot compile ahead compiles when it launches.
+    monkeypatch.setattr(
+        "benchmarks.tune_gpu.ahead", lambda key, shape, tiles, *rest: dict.fromkeys(tiles, "no attribute")
+    )
+    tune.main([*arguments, "--json", str(record)])
+    untried = json.loads(record.read_text())["results"][1]
+    assert len(untried["us"]) == len(tune_space.candidates(tuple(untried["key"])))
 
 
 def test_a_dry_run_lists_and_needs_no_gpu(capsys):
