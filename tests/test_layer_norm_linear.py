@@ -46,14 +46,15 @@ def test_values_and_gradients_are_those_of_linear(without):
     assert [name for name, *_ in calls].count("normalize") == 1
 
 
+@pytest.mark.parametrize("normed_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
-def test_under_autocast(x_dtype):
-    """normed in bf16, weights in fp32: `F.linear`'s dtypes, and gradients as near to exact ones as its own."""
+def test_under_autocast(x_dtype, normed_dtype):
+    """Weights in fp32: `F.linear`'s dtypes, and gradients as near to exact ones as its own."""
     t, weight, bias = drawn(x_dtype, parameters=torch.float32, without=("layer_scale",))
     exact = {n: None if v is None else v.detach().double().requires_grad_(v.requires_grad) for n, v in t.items()}
     with oracle.kernels_on_cpu():
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            ours, theirs = both(block, t, weight, bias, dtype=torch.bfloat16)
+            ours, theirs = both(block, t, weight, bias, dtype=normed_dtype)
         truth = both(block, exact, weight.detach().double().requires_grad_(), bias.detach().double().requires_grad_())[
             1
         ]

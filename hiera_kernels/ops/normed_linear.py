@@ -102,6 +102,8 @@ def _gradients(grad_out, dtypes, needs, weight, total, mean, rstd, norm_weight, 
     if needs[0]:
         grad_normed = grad_out @ weight
     if needs[1]:
+        # LayerNorm is computed in fp32: a cast of its fp32 output is that output in the other dtype.
+        dtype = product_dtype if dtype is rstd.dtype else dtype
         normed = _OP(total, mean, rstd, norm_weight, norm_bias, dtype).to(product_dtype)
         grad_weight = rows.t() @ normed.reshape(-1, normed.shape[-1])
     if needs[2]:
