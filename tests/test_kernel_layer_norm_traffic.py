@@ -13,7 +13,7 @@ pytestmark = pytest.mark.interpreted
 
 LIMIT = 1.05
 # bf16 moves as many bytes as fp16, but the interpreter does not round to it.
-CASES = [(C, FP16, FP16) for C in (96, 112, 144, 384, 1152)] + [(C, FP32, FP16) for C in (96, 144)]
+CASES = [(C, FP16, FP16) for C in (96, 112, 144, 1152)] + [(96, FP32, FP16)]
 
 
 def factor(C, variant, num_rows, tiles=None):
