@@ -107,7 +107,7 @@ def test_autocast_keeps_the_dtypes_that_hooks_see(name, settings):
         by_ops(ours, x)
     assert blocks[0] == blocks[1]
     assert {d for each in blocks[0] for d in each} == {torch.float32} | (set() if settings else {torch.bfloat16})
-    # Now with somebody listening to attention and MLP, which are then called on what the op wrote; then to every module.
+    # Now with somebody listening to attention and MLP, which are called on what the op wrote; then to every module.
     for ends in (("attn", "mlp"), ""):
         seen = [recorded(model, ends) for model in (stock, ours)]
         with torch.autocast("cpu", torch.bfloat16):
