@@ -1,9 +1,8 @@
 """The specification of window_attention: against the NumPy oracle, against SAM 2's own block, and gradcheck.
 
 Broken on purpose, each alone, and which test went red:
-- the pad row in place of the map's last token, q of the pad row pooled in, the crop from the wrong corner: the oracle
-- windows counted from the bottom right, or padded on all sides: the oracle, SAM 2's block
-- a pad row that is detached: gradients of the pad row; the bias of SAM 2's block
+- the crop from the other corner, tokens padded at the left: the oracle, SAM 2's block
+- a pad row that is detached: the oracle, gradcheck, the bias of SAM 2's block and of a wrapped layer
 """
 
 import numpy as np

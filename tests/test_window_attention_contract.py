@@ -1,4 +1,7 @@
-"""The contract of window_attention: opcheck, fake tensors, torch.compile, torch.export, argument errors."""
+"""The contract of window_attention: opcheck, fake tensors, torch.compile, torch.export, argument errors.
+
+Broken once, on purpose: a fake kernel that forgets the pooling; opcheck turns red.
+"""
 
 import contextlib
 

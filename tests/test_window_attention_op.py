@@ -1,7 +1,7 @@
 """window_attention as an op: results on every way to it, derivatives of every kind, autocast, FLOPs.
 
 Broken once each, on purpose, and what turned red: the default backward that sums the pad row in the dtype of qkv
-(test_the_pad_row_is_summed_in_fp32), the cast before pooling (ties by rounding).
+(test_the_pad_row_is_summed_in_fp32), the cast before pooling (ties by rounding), a pad row lost under autocast.
 """
 
 import contextlib
