@@ -1,7 +1,13 @@
 """The Triton kernels of window_attention, interpreted, against the fp64 oracle: outputs and every gradient.
 
 What was broken on purpose, each alone, and which test went red:
-- @BROKEN@
+- the sums of the bottom line of windows in the place of others; lines of the pooled map as long as those of the map;
+  windows counted without the overhanging column (pytest crashes after the first): all of the first two tests
+- blocks of padded keys that overwrite each other's sums, padding beyond K in them; the pad row's k left out or taken
+  for its v; the last maximum, or the first token, in place of the first maximum: test_forward_and_gradients
+- padding beyond K filled with the pad row, queries off the map left in P and dS, NaN losing in the maximum: only by
+  test_inf_and_nan_go_where_the_definition_sends_them_and_nowhere_else
+- whole windows that store sums too: only by tests/test_kernel_window_traffic.py, which looks for races
 """
 
 import numpy as np
