@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -286,6 +287,20 @@ def test_compiled_without_a_kernel_it_is_plain_operations():
     x, weight, bias, P, _ = draw("2x2", torch.float32)
     graphs, *_ = compiled_graphs(lambda x: ops.linear_q_pool(x, weight, bias, P), x)
     assert not [target for graph in graphs for target in targets(graph) if "hiera_kernels" in target]
+
+
+@KERNELS
+def test_one_graph_for_all_batch_sizes(kernels):
+    _, weight, bias, P, _ = draw("2x2", torch.float32)
+    counter = CompileCounterWithBackend("aot_eager")
+    with way(kernels):
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda x: ops.linear_q_pool(x, weight, bias, P), backend=counter, fullgraph=True)
+        for batch in (2, 3, 5, 7):
+            x = torch.randn(batch, 24, 5, requires_grad=True)
+            outs = compiled(x), ops.linear_q_pool(x, weight, bias, P)
+            torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), x)[0] for out in outs))
+    assert counter.frame_count <= 2
 
 
 # ---- what is refused ----

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
 from hiera_kernels import ops, reference
@@ -197,7 +198,7 @@ def test_compiled_without_a_kernel_it_is_plain_operations():
 @KERNELS
 def test_one_graph_for_all_batch_sizes(kernels):
     tensors, _ = draw("tokens", torch.float32)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     with way(kernels):
         torch._dynamo.reset()
         compiled = torch.compile(lambda x: ops.mlp(x, *tensors[1:]), backend=counter, fullgraph=True)

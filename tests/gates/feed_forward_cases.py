@@ -7,6 +7,7 @@ import torch
 
 from hiera_kernels.kernels import activation, linear_pooling, linear_pooling_backward
 from hiera_kernels.kernels.launch_table import Launch
+from hiera_kernels.ops.shortcut import MAX_STRIDE
 from tests.gates.compiled import CAPABILITIES, Job
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -71,20 +72,21 @@ def _everything() -> Iterator[tuple[str, str, Launch, str, tuple[int, int]]]:
     for dtype, capability in itertools.product(DTYPES, CAPABILITIES):
         if dtype != "bf16" and capability != (9, 0):
             continue
-        for width in (384, 448, 576, 1000, 4608):
+        for width in (384, 4608):
             for name, launch in gelu_launches(width, DTYPES[dtype]).items():
                 yield name, f"M={width}", launch, dtype, capability
-        for (model, widths), ties in itertools.product(WIDTHS.items(), ("first", "split")):
-            for channels in widths:
-                for name, launch in pooling_launches(channels, 2 * channels, DTYPES[dtype], ties=ties).items():
-                    if dtype == "fp32":  # without TF32 a GPU is never asked
-                        launch = launch._replace(constexprs=launch.constexprs | {"PRECISION": "tf32"})
-                    name = f"{name} {ties}" if ties == "split" else name
-                    yield name, f"{model} {channels} -> {2 * channels}", launch, dtype, capability
-        for stride in (2, 3, 8, 16):
-            for name, launch in pooling_launches(96, 192, DTYPES[dtype], stride).items():
-                if dtype != "fp32":
-                    yield name, f"P={stride}", launch, dtype, capability
+        models = WIDTHS if capability == (9, 0) else ("b", "h")
+        shapes = [(f"{model} {channels}", channels, 4) for model in models for channels in WIDTHS[model]]
+        shapes += [(f"P={stride} 96", 96, stride) for stride in (2, 3, 8, 16) if dtype == "bf16"]
+        for (shape, channels, stride), ties in itertools.product(shapes, ("first", "split")):
+            if ties == "split" and stride > MAX_STRIDE[ties]:
+                continue
+            found = pooling_launches(channels, 2 * channels, DTYPES[dtype], stride, ties)
+            for name, launch in list(found.items())[0 if ties == "first" else 1 :]:
+                if dtype == "fp32":  # without TF32 a GPU is never asked
+                    launch = launch._replace(constexprs=launch.constexprs | {"PRECISION": "tf32"})
+                name = f"{name} {ties}" if ties == "split" else name
+                yield name, f"{shape} -> {2 * channels}", launch, dtype, capability
 
 
 def jobs(everything: bool = False) -> Iterator[Job]:
