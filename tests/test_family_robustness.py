@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from hiera_kernels.adapters import sam2_parts
 from hiera_kernels.subclass import stock_class, target_of
 from hiera_kernels.swap import accelerate, explain, restore
 from tests.families import FAMILIES, FEW, build, flattened, image, step
@@ -335,3 +336,34 @@ def test_a_step_of_trainer_style(tmp_path):
             losses[-1].append(loss.detach())
     assert_equal({"losses": torch.stack(losses[1])}, {"losses": torch.stack(losses[0])}, tolerance=1e-6)
     assert losses[0][-1] < losses[0][0]
+
+
+def test_recorders_of_transformers_that_stay(monkeypatch):
+    """Once asked for hidden states, SAM 2 has hooks on every attention for good; idle ones are no listeners."""
+    batches = []
+    original = sam2_parts.window_attention
+
+    def counted(qkv, *args):
+        batches.append(qkv.shape[0])
+        return original(qkv, *args)
+
+    name = "transformers Sam2HieraDetModel tiny"
+    plain, ours = small(name), small(name)
+    accelerate(ours)
+    monkeypatch.setattr(sam2_parts, "window_attention", counted)
+    for keywords in (
+        {},
+        {"output_hidden_states": True},
+        {"output_attentions": True},
+        {"output_attentions": True, "output_hidden_states": True},
+        {},
+    ):
+        batches.clear()
+        expected, actual = (flattened(model(image(), **keywords)) for model in (plain, ours))
+        for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
+            assert_equal({str(i): a}, {str(i): b})
+        # Windows are a batch where attention is recorded, and the map is whole otherwise.
+        assert (max(batches) > 2) is bool(keywords.get("output_attentions"))
+    assert not any("hook" in text for _, text in explain(ours).replaced)
+    ours.blocks[0].attn.register_forward_hook(lambda *args: None)
+    assert any("hook" in text for _, text in explain(ours).replaced)

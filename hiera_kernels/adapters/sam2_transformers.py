@@ -27,7 +27,9 @@ from hiera_kernels.adapters.sam2_parts import (
 from hiera_kernels.block_pass import run
 from hiera_kernels.fused_block import FusedBlock, MlpLayers, Parts
 from hiera_kernels.lookalike import Affine, Probe
+from hiera_kernels.plain_modules import is_heard
 from hiera_kernels.recognise import Target, refusal
+from hiera_kernels.subclass import target_of
 
 # Ways to compute the same attention. Others, which users register by a name of their own, may compute another one.
 IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -151,7 +153,7 @@ class Block(FusedBlock):
 
     def note(self, module):
         """The settings, and a hook that would be missed."""
-        notes = (super().note(module), noticed(module.attn))
+        notes = (super().note(module), None if _is_idle(module.attn) else noticed(module.attn))
         return "; ".join(note for note in notes if note)
 
     @staticmethod
@@ -208,7 +210,7 @@ class Block(FusedBlock):
     def applies(module, hidden_states, **kwargs):
         """Where attention is ours and would serve it, nobody listens to its parts, and pooling cuts nothing."""
         attn, stride = module.attn, module.query_stride
-        if not serves(attn) or attn.query_stride != stride or not Attention.applies(attn, hidden_states, **kwargs):
+        if not _serves(attn) or attn.query_stride != stride or not Attention.applies(attn, hidden_states, **kwargs):
             return False
         if not FusedBlock.applies(module, hidden_states):
             return False
@@ -222,6 +224,29 @@ class Block(FusedBlock):
     def fused(module, hidden_states, **kwargs):
         """hidden_states [B, Hs, Ws, dim] -> [B, Hs', Ws', dim_out]."""
         return run(BLOCK, module, hidden_states)
+
+
+def _serves(attn):
+    """As `serves`, also where the only hooks are those that transformers leaves behind."""
+    return serves(attn) or (not torch.compiler.is_compiling() and target_of(attn) is not None and _is_idle(attn))
+
+
+def _is_idle(attn):
+    """Whether the only listeners are transformers' recorders of attention, and they record nothing now.
+
+    They stay once any output has been recorded (`output_hidden_states=True`), and return at once from then on.
+    """
+    others = attn._forward_pre_hooks or attn._backward_hooks or attn._backward_pre_hooks or "forward" in vars(attn)
+    if others or not attn._forward_hooks or is_heard(attn.qkv) or is_heard(attn.proj):
+        return False
+    return not any(_records(hook) for hook in attn._forward_hooks.values())
+
+
+def _records(hook):
+    collector = getattr(hook, "__globals__", {}).get("_active_collector")
+    if collector is None or hook.__name__ != "output_capturing_hook":
+        return True
+    return "attentions" in (collector.get() or ())
 
 
 def _window(block):
