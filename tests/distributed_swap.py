@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hiera_kernels.subclass import target_of
 from hiera_kernels.swap import accelerate, restore
+from tests.block_kernels import JOINED, default_kernels_on_cpu
 from tests.swap_cases import LIBRARIES, assert_equal, build, example, library
 
 WORLD = 2
@@ -92,6 +93,15 @@ def worker(rank, port):
                 one_case(name, wrap, order, rank)
                 if rank == 0:
                     print(f"ok: {name}, {wrap}, {order}", flush=True)
+    # By way of the ops, where blocks read parameters, and hand over what they make of the next block's.
+    for wrap in WRAPPERS:
+        with default_kernels_on_cpu() as calls:
+            one_case("hiera", wrap, "accelerate first", rank)
+        # Of 4 blocks, 3 times; a block whose weights are gathered when it runs leaves no norm1 to another.
+        handed_over = calls.count(JOINED) - 4 * 3
+        assert handed_over == (0 if wrap == "FSDP2" else 3 * 3), (wrap, handed_over)
+        if rank == 0:
+            print(f"ok: hiera, {wrap}, by ops", flush=True)
     dist.destroy_process_group()
 
 

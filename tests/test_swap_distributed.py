@@ -19,4 +19,4 @@ def test_ddp_and_fsdp2_in_both_orders():
     )
     assert done.returncode == 0, done.stderr[-4000:]
     cases = [line for line in done.stdout.splitlines() if line.startswith("ok: ")]
-    assert len(cases) == 2 * 3 * 2, cases
+    assert len(cases) == 2 * 3 * 2 + 3, cases
