@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from hiera_kernels.ops.switch import disabled
 from hiera_kernels.subclass import target_of
 from hiera_kernels.swap import accelerate, restore
+from tests.block_kernels import default_kernels_on_cpu
 from tests.swap_cases import LIBRARIES, assert_equal, build, example, keep_mask, step
 
 
@@ -71,6 +73,34 @@ def test_compile_with_changing_batch():
     for batch in (2, 3, 5):
         x = example(batch=batch)
         assert_equal(same_names(step(compiled, x)), step(stock, x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("image", {}),
+        pytest.param("video", {}, marks=pytest.mark.slow),
+        pytest.param("MAE image", {}, marks=pytest.mark.slow),
+        pytest.param("image", {"recompute": "block"}, marks=pytest.mark.slow),
+        pytest.param("image", {"drop_path": "skip"}, marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_blocks_by_way_of_the_ops(kind, settings):
+    """One graph, at most two of them for all batch sizes; the ops are nodes of it."""
+    stock = build("hiera", kind, stages=(2, 1, 1, 1))
+    ours = copy.deepcopy(stock)
+    accelerate(ours, **settings)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(ours, fullgraph=True, backend=counter)
+    with default_kernels_on_cpu() as calls:
+        for batch in (2, 3, 5):
+            x, mask = example(kind, batch=batch), {}
+            if kind == "MAE image":
+                mask = {"mask": keep_mask(batch=batch)}
+            run = step(compiled, x, **mask, **({"len_keep": 3} if mask else {}))
+            assert_equal(same_names(run), step(stock, x, **mask))
+    assert counter.frame_count <= 2
+    assert {"add_layer_norm", "gelu_backward", "linear_q_pool_backward", "mask_unit_attention_backward"} <= set(calls)
 
 
 @pytest.mark.slow
