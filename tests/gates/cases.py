@@ -112,7 +112,7 @@ def _everything() -> Iterator[tuple[AttentionShape, Variant, tuple[int, int]]]:
 
 def _served(shape: AttentionShape, dtype: torch.dtype, capability: tuple[int, int]) -> bool:
     """Whether the kernels claim the shape on that GPU; of fp32, which multiplies as IEEE has it, they claim little."""
-    with mock.patch.object(limits, "_compute_capability", lambda device: capability):
+    with mock.patch.object(limits, "_compute_capability", return_value=capability):
         return limits.row_limit(dtype, torch.device("cuda"), shape.D, shape.K, shape.P) is None
 
 
