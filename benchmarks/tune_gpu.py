@@ -82,7 +82,7 @@ class Bench:
     """Judges and times configurations of one key at one shape, on random inputs that take turns.
 
     Raises:
-        RuntimeError: the configuration of the rules is itself not right.
+        RuntimeError: the configuration of the table is itself not right.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Bench:
         out = attention.oracle(qkv, shape)
         self.truth = [out.detach()] if key[0] == "forward" else list(torch.autograd.grad(out, qkv, few[1]))
         if problem := self.wrong(own)[0]:
-            raise RuntimeError(f"{key} as the rules have it: {problem}")
+            raise RuntimeError(f"{key} as the table has it: {problem}")
 
     def wrong(self, tile: Tiles) -> tuple[str | None, int]:
         """Why the configuration is refused, or None; and its registers spilled."""

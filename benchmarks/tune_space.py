@@ -32,7 +32,7 @@ def illegal(key: Key, tile: Tiles) -> str | None:
     """Why the kernel cannot be launched so, or None. What registers and shared memory hold, only a compiler says."""
     direction, S, K, D, _, _ = key
     P = K // S
-    for name in ("block_s", "block_k", "d0", "pack", "rounds", "num_warps"):
+    for name in ("block_s", "block_k", "d0", "pack", "num_warps"):
         value = getattr(tile, name)
         if value < 1 or value & (value - 1):
             return f"{name} must be a power of two, is {value}"
@@ -59,9 +59,10 @@ def directions(K: int) -> tuple[str, ...]:
 
 
 def candidates(key: Key) -> list[Tiles]:
-    """Legal configurations, the rules' own first, then by the number of fields in which they differ from it."""
-    own = rule(key)
-    found = {tile for tile in _all(key, own) if illegal(key, tile) is None} - {own}
+    """Legal configurations, the table's own first, then by the number of fields in which they differ from it."""
+    direction, S, K, D, bits, major = key
+    own = launch_table.tiles(direction, S, K // S, D, bits // 8, (major, 0))
+    found = {rule(key), *(tile for tile in _all(key, own) if illegal(key, tile) is None)} - {own}
 
     def distance(tile: Tiles) -> tuple:
         return sum(a != b for a, b in zip(tile, own, strict=True)), tile

@@ -28,11 +28,12 @@ def test_everything_that_is_tried_is_legal(capability):
     for key, _, _ in jobs:
         direction, S, K, D, _, _ = key
         tried = tune_space.candidates(key)
-        assert tried[0] == tune_space.rule(key)
+        assert tried[0] == tune_space.rule(key)._replace(**launch_table.TUNED.get(key, {}))
+        assert tune_space.rule(key) in tried
         assert len(set(tried)) == len(tried)
         assert len(tried) > 3
         for tile in tried:
-            numbers = (tile.block_s, tile.block_k, tile.d0, tile.pack, tile.rounds, tile.num_warps)
+            numbers = (tile.block_s, tile.block_k, tile.d0, tile.pack, tile.num_warps)
             assert all(n & (n - 1) == 0 and n > 0 for n in numbers)
             assert tile.d0 + tile.d1 >= D
             assert min(tile.block_s, tile.block_k, tile.d0) >= 16
@@ -95,7 +96,7 @@ def test_the_fastest_is_chosen():
     assert record["best"] == fastest._asdict()
     assert record["us"][0] == pytest.approx([4.0, *fastest])
     assert record["refused"] == [["12 spilled registers", *tiles[3]]]
-    assert row.comment == f"4.0 us, the rules 10.0 us, {len(tiles) - 1} tried"
+    assert row.comment == f"4.0 us, before 10.0 us, {len(tiles) - 1} tried"
 
 
 def test_the_rules_stay_unless_they_are_beaten_clearly():
@@ -104,8 +105,21 @@ def test_the_rules_stay_unless_they_are_beaten_clearly():
     assert tune.choose({own: 1.00, other: 0.97}, own) == other
     assert tune.choose({other: 5.0}, own) == other  # the rules' own were refused
     assert tune.choose({}, own) == own
-    row, _ = tune.tune(KEY, lambda tile: (1.0, None), [own, other])
-    assert row.fields == {}
+    _, record = tune.tune(KEY, lambda tile: (1.0, None), [own, other])
+    assert record["best"] == record["before"] == own._asdict()
+
+
+def test_a_row_says_how_it_differs_from_the_rules(monkeypatch):
+    """Also where the table has a row already: the new one takes its place."""
+    rule = tune_space.rule(KEY)
+    monkeypatch.setitem(launch_table.TUNED, KEY, {"num_warps": 2 * rule.num_warps})
+    tiles = tune_space.candidates(KEY)
+    assert tiles[0] == rule._replace(num_warps=2 * rule.num_warps)
+    row, _ = tune.tune(KEY, lambda tile: (1.0 if tile == rule else 2.0, None), tiles)
+    assert row.fields == {}  # back to the rules: the row goes
+    best = next(tile for tile in tiles if tile.rounds == 4)
+    row, _ = tune.tune(KEY, lambda tile: (1.0 if tile == best else 2.0, None), tiles)
+    assert rule._replace(**row.fields) == best
 
 
 def test_when_time_is_up_the_rest_stays_untried():
@@ -122,26 +136,43 @@ def tuned_in(path):
     return runpy.run_path(str(path))["TUNED"]
 
 
+OLD = ("backward", 16, 64, 72, 16, 10)
+SOURCE = """X = 1
+# About the table.
+TUNED: dict = {
+    # One GPU, 5 us
+    ("backward", 64, 64, 72, 16, 8): {"rounds": 4},
+    ("backward", 16, 64, 72, 16, 10): {"rounds": 4},  # with 2, ptxas spills one
+}
+Y = 2
+"""
+
+
 def test_the_table_reads_back_what_was_written(tmp_path):
     path = tmp_path / "launch_table.py"
+    path.write_text(SOURCE)
+    before = tuned_in(path)
     new = ("backward_kv", 196, 196, 96, 16, 9)
-    before = dict(launch_table.TUNED)
-    old = next(iter(before))
     tune_table.write(path, {KEY: Row({"num_warps": 8, "rounds": 1}, "GPU, 4 us"), new: Row({"num_stages": 2}, "GPU")})
     assert tuned_in(path) == {**before, KEY: {"num_warps": 8, "rounds": 1}, new: {"num_stages": 2}}
     once = path.read_text()
+    assert set(SOURCE.splitlines()) <= set(once.splitlines())  # rows of others stay, with their comments
     tune_table.write(path, {})
     assert path.read_text() == once
-    # Replaced in place with its comment, removed with its comment where the rules are the best; others as they were.
+    # Replaced in place with its comment, removed with its comment where the rules are the best.
     tune_table.write(path, {KEY: Row({"pack": 2}, "GPU, 3 us"), new: Row({}, "the rules")})
     assert tuned_in(path) == {**before, KEY: {"pack": 2}}
     assert "GPU, 4 us" not in path.read_text()
     assert path.read_text().count("# GPU, 3 us") == 1
-    tune_table.write(path, {old: Row({}, ""), KEY: Row({}, "")})
-    assert old not in tuned_in(path)
-    assert KEY not in tuned_in(path)
-    untouched = [line for line in tune_table.TABLE.read_text().splitlines() if "spills one" not in line]
-    assert path.read_text().splitlines() == untouched
+    tune_table.write(path, {OLD: Row({}, ""), KEY: Row({}, "")})
+    assert path.read_text() == "".join(line for line in SOURCE.splitlines(keepends=True) if "spills one" not in line)
+
+
+def test_the_packages_own_table_can_be_rewritten(tmp_path):
+    path = tmp_path / "launch_table.py"
+    tune_table.write(path, {KEY: Row({"num_warps": 8}, "GPU")})
+    assert tuned_in(path) == {**launch_table.TUNED, KEY: {"num_warps": 8}}
+    assert set(tune_table.TABLE.read_text().splitlines()) <= set(path.read_text().splitlines())
 
 
 def test_an_empty_table_and_a_foreign_file(tmp_path):
@@ -164,12 +195,12 @@ def test_a_written_table_is_formatted(tmp_path):
 
 
 def test_a_whole_session_writes_rows_and_records(monkeypatch, tmp_path, capsys):
-    """As on a GPU, with a clock and a compiler that are made up; a kernel whose rules are wrong gets no row."""
+    """As on a GPU, with a clock and a compiler that are made up; a kernel whose table is wrong gets no row."""
 
     class Clock:
         def __init__(self, key, shape, batch, dtype, own, capability, device):
             if key[0] == "backward_q":
-                raise RuntimeError("as the rules have it: red")
+                raise RuntimeError("as the table has it: red")
 
         def __call__(self, tile):
             return (1e-6, None) if tile.block_k == 32 else (9e-6, None)
@@ -186,11 +217,11 @@ def test_a_whole_session_writes_rows_and_records(monkeypatch, tmp_path, capsys):
     arguments = ["mask_unit_attention", "--tune", "--shape", "hiera_base_224.stage3", "--most", "999", "--jobs", "1"]
     assert tune.main([*arguments, "--write", str(table), "--json", str(record)]) == 1
     said = capsys.readouterr().out
-    assert "REFUSED: as the rules have it: red" in said
+    assert "REFUSED: as the table has it: red" in said
     added = {key: value for key, value in tuned_in(table).items() if key not in launch_table.TUNED}
     assert set(added) <= {("forward", 196, 196, 96, 16, 9), ("backward_kv", 196, 196, 96, 16, 9)}
     assert added["backward_kv", 196, 196, 96, 16, 9]["block_k"] == 32
-    assert "# Some GPU, hiera_base_224.stage3 b128: 1.0 us, the rules 9.0 us" in table.read_text()
+    assert "# Some GPU, hiera_base_224.stage3 b128: 1.0 us, before 9.0 us" in table.read_text()
     content = json.loads(record.read_text())
     assert [r["key"][0] for r in content["results"]] == ["forward", "backward_kv"]
     assert all(reason == "ptxas died" for r in content["results"] for reason, *_ in r["not_compiled"])

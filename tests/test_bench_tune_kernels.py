@@ -77,7 +77,7 @@ def test_the_bench_judges_and_times(monkeypatch, key):
     assert seconds is None
     assert refused.startswith("red")
     monkeypatch.setattr("benchmarks.attention.oracle", lambda qkv, shape: oracle_of_another_scale(qkv, shape))
-    with pytest.raises(RuntimeError, match="as the rules have it"):
+    with pytest.raises(RuntimeError, match="as the table has it"):
         Bench(key, shape, 1, torch.float32, own, (9, 0), **settings)
 
 
