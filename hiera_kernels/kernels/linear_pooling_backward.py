@@ -21,6 +21,7 @@ from hiera_kernels.kernels.launch_table import Launch, on_device
 from hiera_kernels.kernels.limits import matmul_precision
 from hiera_kernels.kernels.linear_pooling import fewest_columns, first_rows, load_tile
 
+STAGES = {2: 2, 4: 1}  # by the bytes of a number: asynchronous copies would turn TF32's operands four bytes at a time
 # Two programs for each of 132 processors: more would only mean more partial sums.
 ENOUGH_PROGRAMS = 264
 
@@ -139,7 +140,7 @@ def plan_input(grad_out, weight, winners, grad_x, stride: int, ties: str) -> Lau
     constexprs |= {"BLOCK_R": block_r, "BLOCK_O": block_o, "BLOCK_C": block_c}
     constexprs |= {"PRECISION": matmul_precision(grad_out.dtype)}
     grid = triton.cdiv(num_rows, block_r) * stride * triton.cdiv(channels, block_c)
-    return Launch(_input_kernel, grid, arguments, constexprs, 8, 2)
+    return Launch(_input_kernel, grid, arguments, constexprs, 8, STAGES[grad_out.element_size()])
 
 
 def plan_weight(grad_out, x, winners, stride: int, ties: str, needs: tuple[bool, bool]) -> Launch:
@@ -166,7 +167,7 @@ def plan_weight(grad_out, x, winners, stride: int, ties: str, needs: tuple[bool,
     constexprs |= {"WEIGHT": needs[0], "BIAS": needs[1]}
     constexprs |= {"BLOCK_R": block_r, "BLOCK_O": block_o, "BLOCK_C": block_c}
     constexprs |= {"PRECISION": matmul_precision(grad_out.dtype)}
-    return Launch(_weight_kernel, parts * blocks, arguments, constexprs, 4, 2)
+    return Launch(_weight_kernel, parts * blocks, arguments, constexprs, 4, STAGES[grad_out.element_size()])
 
 
 def linear_q_pool_backward(
