@@ -28,7 +28,7 @@ from hiera_kernels.ops.attention import refusal as attention_refusal
 from hiera_kernels.ops.normed_linear import linear_of_normed
 from hiera_kernels.ops.pooling import q_pool
 from hiera_kernels.ops.shortcut import linear_q_pool
-from hiera_kernels.plain_modules import is_erf_gelu, is_readable_linear
+from hiera_kernels.plain_modules import is_erf_gelu, is_heard, is_plain, is_readable_linear, is_readable_norm
 from hiera_kernels.recognise import Target
 
 _ATTENTION = torch.ops.hiera_kernels.mask_unit_attention.default
@@ -198,4 +198,33 @@ class FusedBlock(Target):
     def note(self, module):
         """The settings, and what is called and not read."""
         plan = plan_of(module)
-        return f"recompute={plan.recompute!r}, drop_path={plan.drop_path!r}"
+        called = self.called(module)
+        words = f"recompute={plan.recompute!r}, drop_path={plan.drop_path!r}"
+        return f"{words}; called and not read: {', '.join(called)}" if called else words
+
+    def called(self, module: nn.Module) -> list[str]:
+        """The parts that would be called now, and not read; the same before `accelerate` and after it."""
+        parts = self.parts(module)
+        linears = is_readable_linear(parts.qkv) and is_readable_linear(parts.proj)
+        read = {
+            "norm1": is_readable_norm(parts.norm1),
+            "attention": linears and not is_heard(parts.attn),
+            "shortcut": parts.shortcut is None or is_readable_linear(parts.shortcut),
+            "norm2": is_readable_norm(parts.norm2),
+            "MLP": self._reads_mlp(parts.mlp),
+            "drop path": all(self._reads(each, self.drop_class) for each in (parts.drop1, parts.drop2)),
+            "layer scale": all(self._reads(each, self.scale_class) for each in (parts.scale1, parts.scale2)),
+        }
+        return [name for name, yes in read.items() if not yes]
+
+    def _reads_mlp(self, mlp):
+        if known_class(mlp, self.mlp_class) is None or is_heard(mlp):
+            return False
+        layers = self.mlp_layers(mlp)
+        return is_readable_linear(layers.fc1) and is_readable_linear(layers.fc2) and self.is_gelu(layers.act)
+
+    @staticmethod
+    def _reads(module, target):
+        if module is None or is_plain(module, nn.Identity):
+            return True
+        return known_class(module, target) is not None and not is_heard(module)

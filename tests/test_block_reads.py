@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, prune
 
 from hiera.block import DropPath, LayerScale, Mlp
 from hiera_kernels.block_plan import plan_of
-from hiera_kernels.swap import accelerate
+from hiera_kernels.swap import accelerate, explain
 from tests.block_kernels import default_kernels_on_cpu
 from tests.swap_cases import LIBRARIES, assert_equal, build, example, step
 from tests.test_swap_contract import LoRA
@@ -199,6 +199,20 @@ def test_a_class_that_is_patched(monkeypatch):
     monkeypatch.setattr(nn.LayerNorm, "forward", lambda self, x: original(self, x) * 1.5)
     calls = assert_same(stock, ours)
     assert "add_layer_norm" not in calls
+
+
+def test_the_report_names_what_is_called():
+    _, ours = pair(layer_scale=0.3)
+    assert "called" not in str(explain(ours))
+    block = ours.blocks[2]
+    with_class(Sharp)(block.norm1)
+    block.mlp.fc2.register_forward_hook(lambda *args: None)
+    block.attn.proj = LoRA(block.attn.proj)
+    block.proj = LoRA(block.proj)
+    block.drop_path.__class__ = Upside
+    (line,) = [text for path, text in explain(ours).replaced if path == "blocks.2"]
+    assert line.endswith("called and not read: norm1, attention, shortcut, MLP, drop path")
+    assert explain(ours) == accelerate(ours)
 
 
 def test_what_the_plan_knows():
