@@ -16,6 +16,20 @@ from hiera_kernels.ops.token_order import reroll, reroll_masked
 from hiera_kernels.recognise import Target
 
 
+def _is_counted(x):
+    """Whether the number of tokens is known, be it as a symbol.
+
+    While a masked autoencoder is compiled, how many tokens its mask keeps is known to the device alone. The original
+    forwards can be traced so; the ops, which ask whether windows fit, cannot.
+    """
+    if not torch.compiler.is_compiling():
+        return True
+    # Here, for the half second that its sympy takes to load; who compiles has loaded it.
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return guard_or_false(x.shape[1] >= 1) or guard_or_false(x.shape[1] < 1)
+
+
 class TransformersAttention(Target):
     """`HieraMaskUnitAttention.forward`, which returns a pair: the output, and the attention matrix or None."""
 
@@ -87,7 +101,7 @@ class TransformersAttention(Target):
     @staticmethod
     def applies(module, hidden_states, output_attentions=False):
         """Not where the attention matrix is asked for, which the op never has."""
-        return not output_attentions
+        return not output_attentions and _is_counted(hidden_states)
 
     @staticmethod
     def fused(module, hidden_states, output_attentions=False):
@@ -208,7 +222,7 @@ class Layer(FusedBlock):
     @staticmethod
     def applies(module, hidden_states, output_attentions=False):
         """Not where the attention matrix is asked for."""
-        return not output_attentions and FusedBlock.applies(module, hidden_states)
+        return not output_attentions and _is_counted(hidden_states) and FusedBlock.applies(module, hidden_states)
 
     @staticmethod
     def fused(module, hidden_states, output_attentions=False):
@@ -259,6 +273,11 @@ class EncoderReroll(RerollOrder):
             mask = torch.ones(2, 3, dtype=torch.bool)
             found.append(Probe(f"grid {size}, masked", holds, (fresh(2, 3 * unit, 3), 2), {"bool_masked_pos": mask}))
         return found
+
+    @staticmethod
+    def applies(module, hidden_states, stage_idx, bool_masked_pos=None):
+        """As the layers."""
+        return _is_counted(hidden_states)
 
     @staticmethod
     def fused(module, hidden_states, stage_idx, bool_masked_pos=None):
