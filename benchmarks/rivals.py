@@ -21,27 +21,15 @@ from torch import nn
 import hiera
 import hiera_kernels
 from benchmarks.folded import fold
+from benchmarks.window_shapes import SETTINGS
 from benchmarks.workloads import Workload
 from tests.upstream import PACKAGE, import_timm, load_upstream, torchvision_without_operators, variant_settings
 
-# Settings of SAM 2's image encoders, as the package's configs (sam2.1_hiera_*.yaml) have them.
+# Settings of SAM 2's image encoders; that of the position embedding changes no shape of attention.
 TRUNKS = {
-    "sam2_hiera_t": {
-        "embed_dim": 96,
-        "num_heads": 1,
-        "stages": (1, 2, 7, 2),
-        "global_att_blocks": (5, 7, 9),
-        "window_pos_embed_bkg_spatial_size": (7, 7),
-    },
-    "sam2_hiera_b+": {"embed_dim": 112, "num_heads": 2},
-    "sam2_hiera_l": {
-        "embed_dim": 144,
-        "num_heads": 2,
-        "stages": (2, 6, 36, 4),
-        "global_att_blocks": (23, 33, 43),
-        "window_pos_embed_bkg_spatial_size": (7, 7),
-        "window_spec": (8, 4, 16, 8),
-    },
+    name.replace("sam2_", "sam2_hiera_"): settings
+    | ({} if name == "sam2_b+" else {"window_pos_embed_bkg_spatial_size": (7, 7)})
+    for name, settings in SETTINGS.items()
 }
 COMPILED = ("compile", "max-autotune")
 MODES = {

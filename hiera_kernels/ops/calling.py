@@ -92,7 +92,8 @@ def math_attention():
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """The dtype that autocast would give ``x`` as an input of a matrix product, or None where it leaves it alone."""
     device_type = x.device.type
-    if not torch.is_autocast_enabled(device_type):
+    # The meta device has no autocast, and asking it whether it is enabled raises.
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return None
     dtype = torch.get_autocast_dtype(device_type)
     return None if x.dtype is dtype or x.dtype is torch.float64 else dtype

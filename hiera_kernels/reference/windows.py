@@ -97,7 +97,8 @@ def _windows(qkv: torch.Tensor, window_h: int, window_w: int, num_heads: int) ->
     down, across = height // window_h, width // window_w
     # As in the reference of mask-unit attention: no fused backend meets a layout or an alignment that it does not take.
     qkv = qkv.contiguous()
-    if qkv.is_cuda and qkv.storage_offset() * qkv.element_size() % 16 != 0:
+    aligned = torch.compiler.is_compiling() or qkv.storage_offset() * qkv.element_size() % 16 == 0
+    if qkv.is_cuda and not aligned:
         qkv = qkv.clone()
     qkv = qkv.reshape(batch, down, window_h, across, window_w, channels).transpose(2, 3)
     qkv = qkv.reshape(batch * down * across, window_h * window_w, 3, num_heads, channels // (3 * num_heads))
