@@ -165,7 +165,7 @@ def _backward_kernel(
 def plan_short(arguments, constexprs, itemsize, capability) -> Launch:
     """The one launch, from what `plan_backward` prepares."""
     S, P = queries_and_stride(constexprs)
-    tile = window_tiles("backward", S, P, constexprs["D"], itemsize, capability)
+    tile = window_tiles("backward", S, P, constexprs["D"], itemsize, capability, constexprs["OVERHANG"])
     constexprs |= {"BLOCK_S": tile.block_s, "BLOCK_K": tile.block_k, "D0": tile.d0, "D1": tile.d1}
     constexprs |= {"COPIES": tile.copies, "PACK": tile.pack, "ROUNDS": tile.rounds}
     grid = triton.cdiv(arguments["num_units"], tile.pack * tile.rounds)
