@@ -153,6 +153,16 @@ def test_a_second_derivative_raises_or_is_right(function, kernels):
             torch.autograd.grad(grad.square().sum(), qkv)
 
 
+def test_a_second_derivative_by_the_riding_bias_alone_raises():
+    qkv, bias = make_qkv(torch.float32), torch.randn(48, requires_grad=True)
+    with oracle_kernels_on_cpu():
+        out, _ = ATTENTION(qkv, HEADS, WINDOWS, STRIDE, None, "first", bias)
+        # The output's gradient is constant: neither it nor qkv leads back to the bias.
+        (grad,) = torch.autograd.grad(out.sum(), bias, create_graph=True)
+        with pytest.raises(NotImplementedError, match=r"disabled\(\)"):
+            torch.autograd.grad(grad.square().sum(), bias)
+
+
 @pytest.mark.parametrize("function", [ops.q_pool, Q_POOL])
 def test_a_second_derivative_of_the_pooling_kernel_raises(function):
     with oracle_kernels_on_cpu():

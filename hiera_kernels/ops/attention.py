@@ -221,18 +221,21 @@ class _MaskUnitAttention(torch.autograd.Function):
     def forward(ctx, qkv, num_heads, num_windows=1, q_stride=1, scale=None, ties="first", bias=None, save_lse=False):
         with calling.below_autograd():
             out, lse = _OP(qkv, num_heads, num_windows, q_stride, scale, ties, bias, save_lse)
-        ctx.save_for_backward(*((qkv, out, lse) if save_lse else (qkv,)))
+        ctx.save_for_backward(qkv, *((out, lse) if save_lse else (None, None)), bias)
         ctx.mark_non_differentiable(lse)
         ctx.arguments = (num_heads, num_windows, q_stride, scale, ties)
-        ctx.bias_dtype = None if bias is None else bias.dtype
         return out, lse
 
     @staticmethod
     def backward(ctx, grad_out, _):
         needs = ctx.needs_input_grad  # as many as there were arguments: the dispatcher leaves out trailing defaults
         bias_grad = len(needs) > 6 and needs[6]
-        grad_qkv, grad_bias = _gradients(ctx, grad_out, bias_grad)
-        grad_bias = grad_bias.to(ctx.bias_dtype) if bias_grad else None
+        qkv, out, lse, bias = ctx.saved_tensors  # read once: every read calls the saved-tensor hooks
+        if bias_grad and torch.is_grad_enabled():
+            # So that a second derivative by the bias alone, which qkv is detached from, is refused as well.
+            qkv = qkv + (bias - bias.detach()).to(qkv.dtype)
+        grad_qkv, grad_bias = _gradients(ctx.arguments, grad_out, qkv, out, lse, bias_grad)
+        grad_bias = grad_bias.to(bias.dtype) if bias_grad else None
         return (grad_qkv, None, None, None, None, None, grad_bias, None)[: len(needs)]
 
 
@@ -250,16 +253,14 @@ class _Output(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out):
-        return _gradients(ctx, grad_out, False)[0], None
+        return _gradients(ctx.arguments, grad_out, *ctx.saved_tensors, None, None, False)[0], None
 
 
-def _gradients(ctx, grad_out, bias_grad):
-    saved = ctx.saved_tensors  # read once: every read calls the saved-tensor hooks
-    qkv, out, lse = saved if len(saved) == 3 else (*saved, None, None)
+def _gradients(arguments, grad_out, qkv, out, lse, bias_grad):
     if torch.is_grad_enabled() or calling.transformed():  # the backward op's own formula refuses what comes next
-        return _OP_BACKWARD(grad_out, qkv, out, lse, *ctx.arguments, bias_grad)
+        return _OP_BACKWARD(grad_out, qkv, out, lse, *arguments, bias_grad)
     with calling.below_autograd():
-        return _OP_BACKWARD(grad_out, qkv, out, lse, *ctx.arguments, bias_grad)
+        return _OP_BACKWARD(grad_out, qkv, out, lse, *arguments, bias_grad)
 
 
 def _plain(qkv, num_heads, num_windows=1, q_stride=1, scale=None, ties="first", bias=None, save_lse=False):
