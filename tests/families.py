@@ -103,9 +103,10 @@ def _sam2(variant, folder):
     def build(stages, small, size=None, **more):
         load("sam2.modeling.backbones.hieradet")
         embed_dim, num_heads = _width(small, width, heads)
-        trunk = {"stages": list(stages), "embed_dim": embed_dim, "num_heads": num_heads, **more}
+        trunk = {"stages": list(stages), "embed_dim": embed_dim, "num_heads": num_heads}
         if stages != published:
             trunk["global_att_blocks"] = list(global_blocks(stages, published, settings))
+        trunk.update(more)
         config = load("omegaconf").OmegaConf.load(_config(variant, folder)).model.image_encoder.trunk
         return load("hydra.utils").instantiate(config, **trunk)
 
@@ -158,8 +159,7 @@ def sam2_backbone_config(variant, stages, small, **more):
         embed_dim_per_stage=[embed_dim * 2**i for i in range(4)],
         num_attention_heads_per_stage=[num_heads * 2**i for i in range(4)],
         window_size_per_stage=list(settings["windows"]),
-        global_attention_blocks=list(global_blocks(stages, published, settings)),
-        **more,
+        **{"global_attention_blocks": list(global_blocks(stages, published, settings)), **more},
     )
 
 

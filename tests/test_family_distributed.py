@@ -1,4 +1,4 @@
-"""DDP and FSDP2 in both orders, on every family; the work is done in two processes by family_distributed.py."""
+"""DDP, and FSDP2 in both orders, on every family; the work is done in two processes by family_distributed.py."""
 
 import socket
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.family_distributed import CASES
 
 
-def test_ddp_and_fsdp2_in_both_orders():
+def test_ddp_and_fsdp2():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -21,4 +21,4 @@ def test_ddp_and_fsdp2_in_both_orders():
     )
     assert done.returncode == 0, done.stderr[-4000:]
     cases = [line for line in done.stdout.splitlines() if line.startswith("ok: ")]
-    assert len(cases) == len(CASES) == 24, cases
+    assert len(cases) == len(CASES) == 19, cases

@@ -98,7 +98,7 @@ class TestInterpreted:
         ],
     )
     def test_blocks_on_kernels(self, name):
-        size = (64, 64) if "PreTraining" in name else (32, 96)
+        size = (64, 64) if "PreTraining" in name else (32, 64)
         model = build(name, small=True, size=size)
         call, ops = FAMILIES[name].call, CASES[name][1]
         x = image(size, batch=1)
