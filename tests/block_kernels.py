@@ -24,7 +24,7 @@ FUNCTIONS = {
     "mask_unit_attention_backward": attention.default_backward,
 }
 
-JOINED = "add_layer_norm of a sum"
+JOINED, ALONE = "add_layer_norm of a sum", "add_layer_norm of a block's input"
 
 
 @contextlib.contextmanager
@@ -34,7 +34,9 @@ def default_kernels_on_cpu(*, attention_too=True):
 
     def recorded(name, function):
         def call(*args, **kwargs):
-            calls.append(JOINED if name == "add_layer_norm" and args[1] is not None else name)
+            calls.append(name)
+            if name == "add_layer_norm":
+                calls.append(ALONE if args[1] is None else JOINED)
             return function(*args, **kwargs)
 
         return call

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hiera_kernels.swap import accelerate
-from tests.block_kernels import JOINED, default_kernels_on_cpu
+from tests.block_kernels import ALONE, JOINED, default_kernels_on_cpu
 from tests.swap_cases import LIBRARIES, assert_equal, assert_law, build, example, keep_mask, library, step, steps
 
 
@@ -42,7 +42,7 @@ def test_training(name, kind):
     assert torch.equal(torch.get_rng_state(), state), "other random numbers were drawn"
     rows = 1 + ("MAE" in kind)  # of blocks: an encoder, and a decoder
     blocks = 6 + 2 * ("MAE" in kind)
-    assert calls["add_layer_norm"] == rows, "only the first block of a row makes a LayerNorm of its own"
+    assert calls[ALONE] == rows, "only the first block of a row makes a LayerNorm of its own"
     assert calls[JOINED] == 2 * blocks - rows
     assert calls["gelu"] == calls["gelu_backward"] == calls["mask_unit_attention_backward"] == blocks
     assert calls["normalize"] == 2 * blocks
@@ -59,7 +59,7 @@ def test_eval_and_no_grad(name):
             actual = ours(x)
         assert (actual - stock(x)).abs().max() < 1e-12
         assert not [name for name in calls if "backward" in name]
-        assert calls.count("add_layer_norm") == (1 if quiet is torch.no_grad else 6)
+        assert calls.count(ALONE) == (1 if quiet is torch.no_grad else 6)
 
 
 @pytest.mark.parametrize(
