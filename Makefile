@@ -25,7 +25,7 @@ demo: $(VENV)/.ready  ## train a mini Hiera on real photographs, stock and accel
 test: $(VENV)/.ready  ## the whole suite but for the long sweeps
 	$(BIN)/python -m pytest -n $(JOBS) -m "not interpreted and not timing and not slow"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) -m "interpreted and not timing and not slow"
-	$(BIN)/python -m tests.gates --jobs $(JOBS) --json benchmarks/results/compile.json
+	$(BIN)/python -m tests.gates --jobs $(JOBS)
 	$(BIN)/python -m pytest -m "timing and not slow"
 
 test-long: $(VENV)/.ready  ## the long sweeps that `make test` leaves out
@@ -42,17 +42,21 @@ format: $(VENV)/.ready  ## let ruff rewrite what lint complains of
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.ready  ## micro-benchmarks of the ops on this machine
-	$(BIN)/python -m benchmarks.ops
+bench: $(VENV)/.ready  ## ops, training steps, prediction and convergence in short, with tables and plots in bench/ (4 minutes)
+	$(BIN)/python -m benchmarks.ops --quick --json bench/this-machine/ops.json
+	$(BIN)/python -m benchmarks.model --quick --json bench/this-machine/model.json
+	$(BIN)/python -m benchmarks.roofline --model hiera_base_224 --batch 128 --plot bench/predicted.png
+	$(BIN)/python -m benchmarks.convergence --steps 20 --precisions fp32 --plot bench/convergence.png
+	$(BIN)/python -m benchmarks.report --of bench
 
 gpu:  ## parity and speed on an NVIDIA GPU, with the Python of this shell (no .venv, no network)
-	bash benchmarks/gpu.sh benchmarks/results
+	bash benchmarks/gpu.sh
 
 wheel: $(VENV)/.ready  ## one abi3 wheel in dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:  ## remove everything that the targets above made
-	rm -rf $(VENV) .upstream build dist demo *.egg-info hiera_kernels/*.so .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .upstream build dist demo bench *.egg-info hiera_kernels/*.so .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stale when the requirements, the metadata or the C++ sources are newer. Torch comes first, with its pinned companions,

@@ -3,6 +3,9 @@
 With `--check` nothing is changed, and the exit status is 1 where the documents do not say what benchmarks/results
 holds, or a plot is missing. Tables stand in the README between `<!-- results: NAME -->` and `<!-- end of results -->`;
 NAME is one of BLOCKS. docs/results.md is generated whole. What the files hold: benchmarks/results/README.md.
+
+With `--of FOLDER` the results of that folder become FOLDER/results.md and FOLDER/plots, and nothing else is touched:
+`make bench` shows so what it has just measured.
 """
 
 import argparse
@@ -90,6 +93,8 @@ def document(results: Path, captions: dict[str, str]) -> str:
         report_ops.bandwidth_table(results),
         "## Token order on CPUs",
         report_ops.token_order_tables(results),
+        "## Compile gate",
+        compile_gate(results),
         "## Plots",
         *(f"![{caption}](plots/{name})\n\n{caption}" for name, caption in captions.items()),
     ]
@@ -105,7 +110,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Write README, document and plots, or with --check return 1 if they are not what the results say."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.split("\n\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing; 1 where documents and results differ")
+    parser.add_argument("--of", type=Path, metavar="FOLDER", help="report on these results, inside that folder")
     options = parser.parse_args(arguments)
+    if options.of:
+        _report_on(options.of)
+        return 0
     before = README.read_text()
     after = updated(before, {name: make(RESULTS) for name, make in BLOCKS.items()})
     if options.check:
@@ -119,6 +128,14 @@ def main(arguments: list[str] | None = None) -> int:
     DOCUMENT.write_text(document(RESULTS, captions))
     README.write_text(after)
     return 0
+
+
+def _report_on(results: Path) -> None:
+    from benchmarks.report_plots import draw
+
+    captions = draw(results, results / "plots")
+    (results / "results.md").write_text(document(results, captions))
+    print(f"{results / 'results.md'}: tables and {len(captions)} plots")
 
 
 def _check(before: str, after: str) -> int:
