@@ -4,6 +4,7 @@ Broken on purpose and seen red here: `serves` answering yes while a hook listens
 """
 
 import copy
+import functools
 import io
 
 import pytest
@@ -243,6 +244,24 @@ def test_gradient_checkpointing(name):
             block.forward = _checkpointed(block.forward)
     assert_equal(run(name, model), expected)
     assert count
+
+
+def test_the_checkpointing_of_transformers_layers_is_kept(monkeypatch):
+    """It wraps the `forward` of every subclass, ours too: fused blocks run again in the backward, once."""
+    name = "transformers Sam2HieraDetModel tiny"
+    model = small(name)
+    expected = run(name, model)
+    accelerate(model)
+    calls = []
+    original = sam2_parts.window_attention
+    monkeypatch.setattr(sam2_parts, "window_attention", lambda *args: calls.append(1) or original(*args))
+    for on in (False, True):
+        for block in model.blocks:
+            block.gradient_checkpointing = on
+            block._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+        calls.clear()
+        assert_equal(run(name, model), expected)
+        assert len(calls) == (10 if on else 5)
 
 
 def _checkpointed(forward):
