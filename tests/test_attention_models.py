@@ -77,8 +77,7 @@ def test_accelerated_model_equals_stock(name, kind, launched):
     blocks = blocks_of(counted)
     truth = step(counted, example(kind))
     fast = copy.deepcopy(stock).float()
-    # The autoencoder of hiera-transformer calls the encoder by super(), which is left; its attention is swapped.
-    assert {line.path for line in hiera_kernels.accelerate(fast).skipped} <= {""}
+    assert not hiera_kernels.accelerate(fast).skipped
     with kernels_on_cpu():
         actual = step(fast, example(kind).float())
     reference = step(copy.deepcopy(stock).float(), example(kind).float())

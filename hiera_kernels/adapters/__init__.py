@@ -3,6 +3,7 @@
 from hiera_kernels.adapters import (
     hiera_block,
     hiera_embedding,
+    hiera_mae,
     hiera_transformer,
     sam2,
     sam2_timm,
@@ -21,6 +22,7 @@ TARGETS: tuple[Target, ...] = (
     *sam2.TARGETS,
     *hiera_block.TARGETS,
     *hiera_transformer.TARGETS,
+    *hiera_mae.TARGETS,
     *hiera_embedding.TARGETS,
 )
 

@@ -41,7 +41,7 @@ class EmbeddingMethod(Target):
         for name in ("get_pos_embed", "token_grid"):
             if not callable(getattr(type(module), name, None)):
                 return f"it has no method `{name}`"
-        return _unroll_obstacle(module)
+        return unroll_obstacle(module)
 
     def probes(self, module, fresh):
         """All tokens, and some mask units, with and without the mask that goes with them."""
@@ -57,12 +57,12 @@ class EmbeddingMethod(Target):
 
     def note(self, module):
         """A hook that would be missed."""
-        return _noticed(module)
+        return noticed(module)
 
     @staticmethod
     def applies(module, x, mask=None, keep=None):
         """Where units are dropped, those of the mask must be those that unrolling makes."""
-        return _unnoticed(module.unroll) and (keep is None or tuple(module.mask_unit_size) == _unit(module))
+        return unnoticed(module.unroll) and (keep is None or tuple(module.mask_unit_size) == unit_shape(module))
 
     @staticmethod
     def fused(module, x, mask=None, keep=None):
@@ -72,7 +72,7 @@ class EmbeddingMethod(Target):
         if mask is None and keep is not None:
             mask = torch.zeros(x.shape[0], math.prod(units), dtype=torch.bool, device=x.device).scatter(1, keep, True)
         tokens = module.patch_embed(x, mask=None if mask is None else mask.view(-1, 1, *units))
-        return _embedded(tokens, module.get_pos_embed(grid), grid, module.unroll.schedule, keep)
+        return embedded(tokens, module.get_pos_embed(grid), grid, module.unroll.schedule, keep)
 
 
 class EmbeddingInForward(Target):
@@ -102,13 +102,13 @@ class EmbeddingInForward(Target):
                 return f"it has no submodule `{name}`"
         if not isinstance(vars(module).get("stage_ends"), (list, tuple)):
             return "it has no list `stage_ends`"
-        return _unroll_obstacle(module)
+        return unroll_obstacle(module)
 
     def probes(self, module, fresh):
         """Logits alone and with intermediates, and the list that SlowFast passes."""
-        parts = {"stage_ends": [0, 2], "mask_spatial_shape": [2, 2], "mu_size": 6, "norm": _Norm(fresh, 4)}
+        parts = {"stage_ends": [0, 2], "mask_spatial_shape": [2, 2], "mu_size": 6, "norm": Norm(fresh, 4)}
         parts["head"] = _Head(fresh, 4, 5)
-        parts["blocks"] = [_TokenMixer(fresh) for _ in range(3)]
+        parts["blocks"] = [TokenMixer(fresh) for _ in range(3)]
         parts["reroll"] = lambda x, block_idx, mask=None: x.flip(1) * (block_idx + 1)
         parts.update(_embedding_parts(fresh))
         x = fresh(2, 3, *(PATCH * n for n in GRID))
@@ -119,12 +119,12 @@ class EmbeddingInForward(Target):
 
     def note(self, module):
         """A hook that would be missed."""
-        return _noticed(module)
+        return noticed(module)
 
     @staticmethod
     def applies(module, x, mask=None, return_intermediates=False):
         """Not with a mask: how many units it keeps is known only after waiting for the device, as the original does."""
-        return mask is None and _unnoticed(module.unroll)
+        return mask is None and unnoticed(module.unroll)
 
     @staticmethod
     def fused(module, x, mask=None, return_intermediates=False):
@@ -132,7 +132,7 @@ class EmbeddingInForward(Target):
         if isinstance(x, list):
             x = x[0]
         grid = module.unroll.size
-        x = _embedded(module.patch_embed(x, mask=None), module.get_pos_embed(), grid, module.unroll.schedule)
+        x = embedded(module.patch_embed(x, mask=None), module.get_pos_embed(), grid, module.unroll.schedule)
         intermediates = []
         for i, block in enumerate(module.blocks):
             x = block(x)
@@ -145,7 +145,7 @@ class EmbeddingInForward(Target):
 TARGETS = (EmbeddingMethod(), EmbeddingInForward())
 
 
-def _embedded(tokens, position, grid, schedule, keep=None):
+def embedded(tokens, position, grid, schedule, keep=None):
     """Patch embedding's tokens [B, N, C] and their position -> [B, N, C] unrolled, or the kept mask units of it."""
     # The tokens as the convolution wrote them, [B, C, *grid]: a view of the same memory.
     patches = tokens.transpose(1, 2).unflatten(2, tuple(grid))
@@ -162,22 +162,25 @@ def _embedded(tokens, position, grid, schedule, keep=None):
     return x.view(b, unit, n // unit, c).gather(2, kept).reshape(b, unit * keep.shape[1], c)
 
 
-def _unit(module):
+def unit_shape(module):
+    """Tokens of a mask unit along each axis, as the schedule of `module.unroll` makes them."""
     # Lists, not generators: Dynamo cannot trace math.prod over the latter.
     return tuple([math.prod([step[d] for step in module.unroll.schedule]) for d in range(len(module.unroll.size))])
 
 
-def _unroll_obstacle(module):
+def unroll_obstacle(module):
+    """Why the `unroll` of `module` is not ours to fuse, or None."""
     reason = refusal(module._modules["unroll"], UNROLL)
     return None if reason is None else f"its `unroll` is left alone: {reason}"
 
 
-def _unnoticed(module):
+def unnoticed(module):
     """Whether fusing a submodule away changes nothing but time: it is ours, and no hook of it would be missed."""
     return target_of(module) is not None and not is_heard(module)
 
 
-def _noticed(module):
+def noticed(module):
+    """What the report says of a model whose `unroll` is listened to, or None."""
     return "not while a hook listens to its `unroll`, as one does now" if is_heard(module.unroll) else None
 
 
@@ -185,23 +188,25 @@ def _noticed(module):
 # that norms before it pools would pass for one that pools before it norms.
 
 
-class _TokenMixer:
+class TokenMixer:
     """Stands in for a block: every token depends on those before it, so that their order shows."""
 
     def __init__(self, fresh):
         self.weight = fresh(1, 1, 4)
 
     def __call__(self, x):
+        """[B, N, 4] -> [B, N, 4]."""
         return x + torch.tanh((x * self.weight).cumsum(1) / x.shape[1])
 
 
-class _Norm:
+class Norm:
     """Stands in for a LayerNorm."""
 
     def __init__(self, fresh, dim):
         self.weight, self.bias = fresh(dim), fresh(dim)
 
     def __call__(self, x):
+        """[..., dim] -> [..., dim]."""
         return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias)
 
 
@@ -226,12 +231,14 @@ class _PatchEmbed:
         return F.conv2d(x, self.weight, stride=PATCH).flatten(2).transpose(1, 2)
 
 
-class _Unroll:
+class FixedUnroll:
     """Stands in for the module that is fused away."""
 
-    size, schedule = GRID, STRIDES
+    def __init__(self, size, schedule):
+        self.size, self.schedule = size, schedule
 
     def __call__(self, x, size=None):
+        """[B, N, C] -> [B, N, C], unrolled."""
         return token_order.unroll(x, self.size, self.schedule)
 
 
@@ -239,7 +246,7 @@ def _embedding_parts(fresh):
     position = fresh(1, math.prod(GRID), 4)
     return {
         "patch_embed": _PatchEmbed(fresh),
-        "unroll": _Unroll(),
+        "unroll": FixedUnroll(GRID, STRIDES),
         "mask_unit_size": tuple(math.prod(step[d] for step in STRIDES) for d in range(2)),
         "tokens_spatial_shape": GRID,
         "get_pos_embed": lambda grid=None: position,
