@@ -22,6 +22,7 @@ from hiera_kernels.block_steps import (
 from hiera_kernels.fused_block import FusedBlock, Normed
 from hiera_kernels.ops import calling
 from hiera_kernels.ops.layer_norm import refusal as norm_refusal
+from hiera_kernels.plain_modules import is_prepared
 from hiera_kernels.subclass import is_exactly_ours, target_of
 
 
@@ -65,7 +66,7 @@ def _following(plan: Plan, block: nn.Module, total: torch.Tensor, normed: Normed
         return None
     follower = plan.follower(block)
     # Exactly ours: sharded by itself (FSDP2) or parametrized, its class is another one, and its weights are elsewhere.
-    if follower is None or not is_exactly_ours(follower):
+    if follower is None or not is_exactly_ours(follower) or is_prepared(follower):
         return None
     target, theirs = target_of(follower), plan_of(follower)
     if not isinstance(target, FusedBlock) or theirs.recompute == "block" or theirs.drop_path == "skip":

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from hiera_kernels.ops import calling
 from hiera_kernels.ops.layer_norm_library import OP, OP_BACKWARD
@@ -55,18 +56,34 @@ _SLOT = _Slot()
 def _state(x: torch.Tensor, norm: nn.LayerNorm) -> tuple:
     """What has to be the same for a LayerNorm of `x` to be the same: identities, and versions, which changes count."""
     # Identities by id: the tensors themselves are checked to live (x by its weak reference, parameters by the block).
-    parameters = (norm.weight, norm.bias)
-    return x._version, norm.eps, *((None, 0) if p is None else (id(p), p._version) for p in parameters)
+    return x._version, norm.eps, *(_identity(parameter) for parameter in (norm.weight, norm.bias))
+
+
+def _identity(parameter: torch.Tensor | None) -> tuple:
+    if parameter is None:
+        return (None,)
+    # The address, because `parameter.data = ...` (a shard that is gathered, offloading) changes no version.
+    address = 0 if isinstance(parameter, FakeTensor) else parameter.data_ptr()
+    return id(parameter), parameter._version, address
 
 
 def is_possible(x: torch.Tensor, norm: nn.LayerNorm) -> bool:
     """Whether a LayerNorm of what will be of the kind of `x` may be handed over, here and now."""
     return (
         not x.is_inference()
-        and norm.weight is not None
-        and not norm.weight.is_inference()
         and not torch.is_inference_mode_enabled()
-        and norm.weight.device == x.device
+        and norm.weight is not None
+        and all(_is_here(parameter, x) for parameter in (norm.weight, norm.bias) if parameter is not None)
+    )
+
+
+def _is_here(parameter: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether a parameter of another module is in its place already: FSDP, or a user, may bring it before the call."""
+    return (
+        not parameter.is_inference()
+        and parameter.device == x.device
+        and parameter.shape == x.shape[-1:]
+        and parameter.untyped_storage().nbytes() > 0
     )
 
 

@@ -28,6 +28,11 @@ def is_heard(module: nn.Module) -> bool:
     )
 
 
+def is_prepared(module: nn.Module) -> bool:
+    """Whether anything runs before the `forward` of the class of `module`, which may change its parameters unseen."""
+    return bool(module._forward_pre_hooks or "forward" in module.__dict__ or torch_module._global_forward_pre_hooks)
+
+
 def is_plain(module: nn.Module | None, cls: type) -> bool:
     """Whether `module` is of PyTorch's own class `cls`, not of one derived from it, and nothing listens to it."""
     return type(module) is cls and cls.forward is _FORWARDS[cls] and not is_heard(module)

@@ -98,6 +98,13 @@ def norm_exchanged(x, blocks):
     return x
 
 
+def data_exchanged(x, blocks):
+    """As a wrapper does that gathers shards, or loads from the host: no version counts it."""
+    for parameter in blocks[1].norm1.parameters():
+        parameter.data = torch.linspace(-1, 1, len(parameter), dtype=parameter.dtype)
+    return x
+
+
 def eps_changed(x, blocks):
     blocks[1].norm1.eps = 0.5
     return x
@@ -127,6 +134,7 @@ BELIEVED = [nothing, detached, hooked_tensor, called_twice]
 BETWEEN = [
     *BELIEVED,
     *(in_place, in_place_by_data, another_tensor, same_values, view_of_it, norm_changed, norm_exchanged, eps_changed),
+    data_exchanged,
     *(first_called_again, interrupted),
 ]
 
@@ -184,6 +192,45 @@ def test_hooks_on_blocks(name, where):
     assert len(seen[0]) == len(seen[1]) == BLOCKS * (1 + (where == "both"))
     for a, b in zip(*seen, strict=True):
         assert (a - b).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("way", "by_hook"),  # in place and without a hook is what nobody can see: hand_over.py says so
+    [("in place", True), *((way, hook) for way in ("exchanged", "empty", "without storage") for hook in (True, False))],
+)
+def test_weights_that_arrive_with_the_call(way, by_hook):
+    """Offloading, FSDP: until a block is called, its parameters hold what is no weight, or nothing at all."""
+
+    def bring(block):
+        for parameter in block.parameters():
+            if way == "in place":
+                parameter.data.copy_(parameter.kept)
+            elif way == "without storage":
+                parameter.untyped_storage().resize_(parameter.kept.untyped_storage().nbytes())
+                with torch.autograd._unsafe_preserve_version_counter(parameter):
+                    parameter.detach().copy_(parameter.kept)
+            else:
+                parameter.data = parameter.kept
+
+    def take(block):
+        for parameter in block.parameters():
+            parameter.kept = parameter.detach().clone()
+            if way == "in place":
+                parameter.data.fill_(float("nan"))
+            elif way == "without storage":
+                parameter.untyped_storage().resize_(0)
+            else:
+                parameter.data = parameter.new_full(parameter.shape if way == "exchanged" else (0,), float("nan"))
+
+    stock, ours = chained(nothing)
+    expected = step(stock, tokens())
+    take(ours.blocks[1])
+    if by_hook:
+        ours.blocks[1].register_forward_pre_hook(lambda block, _: bring(block))
+    else:
+        ours.between = lambda x, blocks: bring(blocks[1]) or x
+    with default_kernels_on_cpu():
+        assert_equal(step(ours, tokens()), expected)
 
 
 def test_a_block_that_is_skipped_gets_no_gradient():
@@ -252,7 +299,7 @@ def test_nothing_is_kept_beyond_the_forward(end, monkeypatch):
         elif end == "a skipped block":
             ours.blocks[0](tokens())
         else:
-            ours.blocks[1].register_forward_pre_hook(lambda *_: 1 / 0)
+            ours.between = lambda *_: 1 / 0
             with pytest.raises(ZeroDivisionError):
                 ours(tokens())
     gc.collect()
