@@ -46,11 +46,34 @@ def is_readable_linear(module: nn.Module | None) -> bool:
 def is_readable_norm(module: nn.Module | None) -> bool:
     """Whether a call of `module` is `F.layer_norm` over the last dimension, with its parameters, and nothing more."""
     return (
-        is_plain(module, nn.LayerNorm)
+        (is_plain(module, nn.LayerNorm) or is_timm_norm(module))
         and len(module.normalized_shape) == 1
         and _is_data(module.weight)
         and _is_data(module.bias)
     )
+
+
+def is_timm_norm(module: nn.Module | None) -> bool:
+    """Whether `module` is timm's own LayerNorm with its one flag off: then its call is `F.layer_norm` too.
+
+    Known by its code: what it would do with the flag on asks for autocast, which no comparison on a CPU could settle.
+    """
+    return _is_norm_of_timm(type(module)) and not module._fast_norm and not is_heard(module)
+
+
+def _is_norm_of_timm(cls: type) -> bool:
+    if cls not in _NORMS:
+        code = getattr(vars(cls).get("forward"), "__code__", None)
+        own = cls.__bases__ == (nn.LayerNorm,) and (cls.__module__, cls.__name__) == ("timm.layers.norm", "LayerNorm")
+        _NORMS[cls] = own and code is not None and code.co_names == _NAMES_IN_TIMM_NORM
+    return _NORMS[cls]
+
+
+_NORMS: dict[type, bool] = {}
+_NAMES_IN_TIMM_NORM = (
+    *("_fast_norm", "fast_layer_norm", "normalized_shape", "weight", "bias", "eps"),
+    *("F", "layer_norm"),
+)
 
 
 def is_erf_gelu(module: nn.Module | None) -> bool:

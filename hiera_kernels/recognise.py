@@ -81,7 +81,7 @@ def refusal(module: nn.Module, target: Target) -> str | None:
     if target.method in vars(module):
         return f"its `{target.method}` was replaced on the instance, which goes before any class"
     cls = stock_class(module)
-    method = getattr(cls, target.method, None)
+    method = written_method(cls, target.method)
     if not isinstance(method, types.FunctionType):
         return f"the `{target.method}` of its class is not a Python function"
     if hasattr(method, "_torchdynamo_orig_callable"):
@@ -99,9 +99,33 @@ def refusal(module: nn.Module, target: Target) -> str | None:
     )
 
 
+def written_method(cls: type, name: str) -> object:
+    """The method `name` of `cls`, below what `__init_subclass__` of a base wraps around that of every subclass.
+
+    transformers' layers have their `forward` wrapped so, for checkpointing. The class that `swap_class` makes is a
+    subclass like any other: the same wrapper comes around our method, so only what is in it needs to be judged.
+    """
+    return _unwrapped(getattr(cls, name, None), _wrappers(cls))
+
+
+def _wrappers(cls: type) -> frozenset[types.CodeType]:
+    found: set[types.CodeType] = set()
+    for base in own_bases(cls):
+        hook = getattr(vars(base).get("__init_subclass__"), "__func__", None)
+        if isinstance(hook, types.FunctionType):
+            found.update(each for each in hook.__code__.co_consts if isinstance(each, types.CodeType))
+    return frozenset(found)
+
+
+def _unwrapped(function: object, wrappers: frozenset[types.CodeType]) -> object:
+    while getattr(function, "__code__", None) in wrappers and hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return function
+
+
 def _registers(base: type) -> bool:
-    # These three do nothing with a class that a second one of the same name would upset.
-    known = base.__module__.partition(".")[0] in ("typing", "huggingface_hub", "torch")
+    # These do nothing with a class that a second one of the same name would upset.
+    known = base.__module__.partition(".")[0] in ("typing", "huggingface_hub", "torch", "transformers")
     return "__init_subclass__" in vars(base) and not known
 
 
@@ -160,7 +184,7 @@ def _verdict(cls: type, code: frozenset[types.CodeType], module: nn.Module, targ
         key = (target.name, code)  # the code itself, because a class may be patched between two calls of accelerate
         if key not in verdicts:
             try:
-                method = getattr(cls, target.method)
+                method = written_method(cls, target.method)
                 verdicts[key] = difference(cls, lambda fresh: target.probes(module, fresh), method, target.fused)
             except NotComparable as error:
                 return str(error)  # and no verdict: out of memory, say, is no property of the class
@@ -193,7 +217,8 @@ def reach(
 
     More than runs, never less, but for what PyTorch, classes or C hide.
     """
-    queue = list(_definitions(cls, method))
+    wrappers = _wrappers(cls)
+    queue = [_unwrapped(each, wrappers) for each in _definitions(cls, method)]
     seen: set[types.CodeType] = set()
     found: set[str] = set()
     while queue:
@@ -210,7 +235,7 @@ def reach(
         for name in names:
             called = [scope.get(name) for scope in scopes if name in scope]
             if name not in opaque:
-                called += _definitions(cls, name)
+                called += [_unwrapped(each, wrappers) for each in _definitions(cls, name)]
             for each in called:
                 each = each.func if isinstance(each, functools.partial) else each
                 if str(getattr(each, "__module__", None)).startswith("torch."):
