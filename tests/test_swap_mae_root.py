@@ -1,7 +1,8 @@
 """The encoder of hiera-transformer's masked autoencoder, swapped as a whole: what stock computes, without its waits.
 
-Expected values come from an untouched copy. Broken on purpose and seen red here: kept units in falling order, the third
-scale fused instead of the last, the count of a draw believed whatever `get_random_mask` is.
+Expected values come from an untouched copy. Broken on purpose and seen red here: kept units in falling order and the
+third scale fused instead of the last (the comparison on look-alikes sees both, and refuses), the count of a draw
+believed whatever `get_random_mask` is, settings that do not fit.
 """
 
 import copy
@@ -13,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.nn.utils import parametrize
 
-from hiera_kernels.adapters import hiera_embedding
+from hiera_kernels.adapters import hiera_embedding, hiera_mae
 from hiera_kernels.subclass import target_of
 from hiera_kernels.swap import accelerate, explain, restore
 from tests.swap_cases import KINDS, assert_equal, assert_law, build, example, keep_mask, library, step, steps, swapped
@@ -198,14 +199,20 @@ TURN = {"ratio": 0.0}
 
 
 class Turning(Autoencoder):
+    """Keeps what the ratio says until another part of the program turns a dial."""
+
     def get_random_mask(self, x, mask_ratio):
         return super().get_random_mask(x, mask_ratio + TURN["ratio"])
 
 
-def test_a_draw_that_turns_is_not_believed(monkeypatch):
+def test_a_draw_that_turns_is_counted_each_time(kept, monkeypatch):
     stock, ours = pair(cls=Turning)
     assert_same(ours, stock, example(), 0.6)
     monkeypatch.setitem(TURN, "ratio", -0.3)
+    assert_same(ours, stock, example(), 0.6)
+    assert [keep.shape[1] for keep in kept] == [2, 4]
+    # and if it had been believed after all
+    monkeypatch.setitem(hiera_mae._COUNTED, Turning, Turning.get_random_mask)
     with pytest.raises(RuntimeError, match="get_random_mask does not keep 2 mask units in every row"):
         ours(example())
 
@@ -314,12 +321,27 @@ def test_parametrized_position_and_one_of_another_shape(kept):
     assert_same(ours, stock, example(), 0.6)
 
 
-def test_settings_that_do_not_fit_run_the_original(kept):
-    """Mask units that are not those of the unrolling: stock then drops something else."""
+@pytest.mark.parametrize(
+    ("settings", "works"),
+    [
+        ({"mask_unit_size": (8, 24), "mu_size": 192, "mask_spatial_shape": [2, 1]}, True),
+        ({"mask_unit_size": (4, 16)}, True),
+        ({"mu_size": 32}, False),
+        ({"mask_spatial_shape": [4, 6]}, False),
+    ],
+)
+def test_settings_that_do_not_fit_run_the_original(settings, works, kept):
+    """Mask units that are not those of the unrolling: stock then drops something else, or fails."""
     stock, ours = pair()
     for model in (stock, ours):
-        model.mask_unit_size, model.mu_size, model.mask_spatial_shape = (8, 24), 192, [2, 1]
-    assert_same(ours, stock, example(), 0.5)
+        for name, value in settings.items():
+            setattr(model, name, value)
+    if works:
+        assert_same(ours, stock, example(), 0.5)
+    else:
+        for model in (stock, ours):
+            with pytest.raises((RuntimeError, IndexError)):
+                model.forward_encoder(example(), 0.5)
     assert not kept
 
 

@@ -26,7 +26,7 @@ from hiera_kernels.adapters.hiera_embedding import (
 from hiera_kernels.lookalike import Probe
 from hiera_kernels.ops.calling import transformed
 from hiera_kernels.ops.token_order import unroll
-from hiera_kernels.recognise import Target
+from hiera_kernels.recognise import Target, reach
 from hiera_kernels.reference import token_order
 from hiera_kernels.subclass import stock_class
 
@@ -36,6 +36,12 @@ CHANNELS, PATCH = 4, 2
 
 # Classes whose `get_random_mask` was seen to keep int(units * (1 - mask_ratio)) units in every row, with that function.
 _COUNTED: "weakref.WeakKeyDictionary[type, object]" = weakref.WeakKeyDictionary()
+# All that such a function may name, the original's and what it might be written with: no schedule that another part of
+# the program moves, no other device or generator.
+_DRAWING = frozenset(
+    ("get_random_mask", "mask_spatial_shape", "shape", "size", "device", "dtype", "torch", "math", "prod", "int")
+    + ("rand", "argsort", "sort", "topk", "gather", "scatter", "scatter_", "zeros", "ones", "arange", "to", "bool")
+)
 
 
 class MaskedEncoder(Target):
@@ -197,6 +203,8 @@ class _Batch:
 def _watch_draws(cls):
     """Note whether the draw of `cls` keeps what the ratio says, on a few grids and ratios."""
     _COUNTED.pop(cls, None)
+    if not reach(cls, "get_random_mask")[1] <= _DRAWING:
+        return
     module = object.__new__(cls)
     nn.Module.__init__(module)
     state = random.getstate()
