@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from hiera_kernels.ops import calling
 from hiera_kernels.ops.layer_norm_library import OP, OP_BACKWARD
@@ -74,7 +76,19 @@ def is_possible(x: torch.Tensor, norm: nn.LayerNorm) -> bool:
         and not torch.is_inference_mode_enabled()
         and norm.weight is not None
         and all(_is_here(parameter, x) for parameter in (norm.weight, norm.bias) if parameter is not None)
+        and not _is_replayed()
     )
+
+
+def _is_replayed() -> bool:
+    """Whether selective activation checkpointing is at work.
+
+    It keeps results of ops, and gives them to the second run by their numbers: both runs have to call the same ops.
+    """
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    selective = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
+    return any(isinstance(mode, selective) for mode in _get_current_dispatch_mode_stack())
 
 
 def _is_here(parameter: torch.Tensor, x: torch.Tensor) -> bool:

@@ -13,7 +13,6 @@ import weakref
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from hiera_kernels import hand_over
 from hiera_kernels.block_plan import plan_of
@@ -372,29 +371,3 @@ def test_blocks_in_another_order():
     with default_kernels_on_cpu() as calls:
         assert_equal(step(ours, example()), step(stock, example()))
     assert calls.count(ALONE) == 1
-
-
-@pytest.mark.parametrize("way", ["reentrant", "recomputed", "two blocks at once", "on the CPU"])
-def test_saved_tensors_elsewhere(way):
-    """Activation checkpointing runs a forward again, where there is no note; offloading moves what was kept."""
-    stock, ours = pair(drop_path_rate=0.4)
-    expected = step(stock, example(batch=3))
-
-    def run(x):
-        x = ours.embed_tokens(x)
-        if way == "on the CPU":
-            with torch.autograd.graph.save_on_cpu():
-                for block in ours.blocks:
-                    x = block(x)
-        elif way == "two blocks at once":
-            for i in range(0, BLOCKS, 2):
-                x = checkpoint(lambda y, i=i: ours.blocks[i + 1](ours.blocks[i](y)), x, use_reentrant=False)
-        else:
-            for block in ours.blocks:
-                x = checkpoint(block, x, use_reentrant=way == "reentrant")
-        return ours.head(ours.norm(x.mean(dim=1)))
-
-    ours.forward = run
-    with default_kernels_on_cpu():
-        actual = step(ours, example(batch=3))
-    assert_equal(actual, expected)
