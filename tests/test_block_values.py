@@ -3,7 +3,7 @@
 `test_swap_values.py` has the same on plain operations, which is what a CPU runs. Here the ops' default functions stand
 in for kernels, so that the ways of a GPU are taken: LayerNorm joined with the residual and handed over, bias gradients
 that ride, inputs that are made again. Broken on purpose and seen red here: the gradient of a riding bias dropped, the
-branch scaled twice in `_Leave.backward`, the wrong LayerNorm handed over, drop path drawn before the branch.
+branch scaled twice in `_Leave.backward`, the wrong LayerNorm handed over.
 """
 
 import copy

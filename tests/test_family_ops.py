@@ -1,8 +1,6 @@
 """Every family's blocks call the ops, where the ops have kernels: which ones, and parity on that way.
 
 First with the ops' default functions as the kernels of the CPU, in fp64; then with the Triton kernels, interpreted.
-
-Broken on purpose and seen red here: `is_gelu` of transformers answering no, `pad` left out in `attended`.
 """
 
 import contextlib
