@@ -129,6 +129,17 @@ def test_hooks_see_what_they_saw(name):
         assert_equal(actual, expected)
 
 
+@pytest.mark.parametrize("name", ["sam2 tiny", "timm sam2_hiera_tiny"])
+def test_a_pooling_whose_input_a_hook_changes(name):
+    """Red with an attention that asked for `_forward_hooks` only."""
+    model = small(name)
+    (pool,) = {block.attn.q_pool for block in blocks(model)[:2]} - {None}
+    pool.register_forward_pre_hook(lambda _, args: (2 * args[0],))
+    expected = run(name, model)
+    accelerate(model)
+    assert_equal(run(name, model), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", CASTABLE)
 def test_low_precision_is_as_near_to_fp64_as_stock(name, dtype):

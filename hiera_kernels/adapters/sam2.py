@@ -27,6 +27,7 @@ from hiera_kernels.adapters.sam2_parts import (
 from hiera_kernels.block_pass import run
 from hiera_kernels.fused_block import FusedBlock, MlpLayers, Parts
 from hiera_kernels.lookalike import Affine, Probe
+from hiera_kernels.plain_modules import is_heard
 from hiera_kernels.recognise import Target, refusal
 
 
@@ -72,7 +73,7 @@ class Attention(Target):
         if module.q_pool is None:
             return True
         stride = pool_stride(module.q_pool)
-        return stride is not None and divides(x, None, stride) and not module.q_pool._forward_hooks
+        return stride is not None and divides(x, None, stride) and not is_heard(module.q_pool)
 
     @staticmethod
     def fused(module, x):
