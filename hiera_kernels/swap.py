@@ -33,7 +33,9 @@ def accelerate(model: nn.Module, recompute: str | None = None, drop_path: str | 
             ``"none"``: what only a matrix product could give back is kept, LayerNorm's output is not (where a kernel
             makes it). ``"gelu"``: neither is GELU's output, by far the largest tensor of a block; costs one write and
             one read of it. ``"block"``: only the input of each block is kept, as with activation checkpointing, and its
-            forward runs twice; the random numbers of drop path are the same both times. None keeps what a block has
+            forward runs twice; the random numbers of drop path are the same both times. As with
+            `torch.utils.checkpoint`, the second run takes the parameters that the module has by then: a backward that
+            comes after `torch.func.functional_call` has returned needs another setting. None keeps what a block has
             been given before, which at first is ``"gelu"``.
         drop_path: ``"exact"``: samples that drop path drops are computed and multiplied by zero, as plain PyTorch has
             it. ``"skip"``: attention and MLP see only the samples that are kept. The same samples, values and
