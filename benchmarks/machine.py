@@ -94,6 +94,15 @@ def seconds_of(call: Callable[[], object], device: torch.device, repeats: int = 
     return min(taken)
 
 
+def allow_tf32(allowed: bool) -> None:
+    """Let PyTorch multiply fp32 by TF32, or not.
+
+    By the switch that sets all others: where `fp32_precision` alone is "tf32", the older `allow_tf32`, which
+    torch.compile reads, raises.
+    """
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+
+
 def copy_gb_per_s(device: torch.device, size: int | None = None) -> float:
     """Bytes read plus bytes written per second of a large copy, in GB/s."""
     size = size or (1 << 30 if device.type == "cuda" else 1 << 27)

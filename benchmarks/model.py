@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import rivals
+from benchmarks.machine import allow_tf32
 from benchmarks.ops import current_commit, environment
 from benchmarks.stepping import Entry, measure
 from benchmarks.workloads import QUICK, WORKLOADS, Workload
@@ -101,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.precision = options.precision or ("bf16" if device.type == "cuda" else "fp32")
     options.rounds = options.rounds or (20 if device.type == "cuda" else 5)
     options.modes = options.modes or (("eager",) if device.type == "cpu" else ("eager", *rivals.COMPILED, "cuda-graph"))
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if options.precision == "tf32" else "ieee"
+    allow_tf32(options.precision == "tf32")
     about = environment(device) | {"commit": options.commit or current_commit()}
     print("  ".join(f"{key} {value}" for key, value in about.items()), flush=True)
 

@@ -33,7 +33,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import attention, rows, timing, token_order
-from benchmarks.machine import ceilings, current_commit, environment
+from benchmarks.machine import allow_tf32, ceilings, current_commit, environment
 from benchmarks.measured import measure
 from benchmarks.trial import OURS, PASSES, Case, first_line
 
@@ -202,7 +202,7 @@ def run(cases: list[Case], device: torch.device, options: argparse.Namespace) ->
             continue
         torch.manual_seed(0)
         if device.type == "cuda":  # said outright: what a script before this one left is not measured
-            torch.backends.cuda.matmul.fp32_precision = "tf32" if options.tf32 else "ieee"
+            allow_tf32(options.tf32)
         try:
             found = measure(
                 case,

@@ -2,6 +2,7 @@
 
 import gc
 import random
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,8 +11,8 @@ import torch
 from torch import nn
 
 from benchmarks import rivals
-from benchmarks.model_parity import Judge, reading, same_as_eager
-from benchmarks.timing import Samples
+from benchmarks.model_parity import Judge, reading, relative, same_as_eager
+from benchmarks.timing import Samples, refusing_to_wait
 from benchmarks.workloads import Workload, step
 
 PARITY_BATCH = 2
@@ -95,7 +96,10 @@ def _prepare(entry, workload, inputs, device, precision, judge) -> None:
     for _ in range(3):
         run()
     if entry.mode == "cuda-graph":
-        run = captured(run)
+        run, eager = captured(run), run
+        if not replays(run, eager, judge):
+            entry.parity, entry.verdict = "red", "the replayed step is not the eager one"
+            return
     entry.resting_bytes = _allocated(device) - before
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -127,6 +131,8 @@ def captured(run: Callable) -> Callable:
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # autograd's own streams and lazy state belong to the side stream first
         run()
+        with refusing_to_wait():
+            run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -137,6 +143,15 @@ def captured(run: Callable) -> Callable:
         return result
 
     return replay
+
+
+def replays(replay: Callable, eager: Callable, judge: Judge) -> bool:
+    """Whether a captured step, replayed from the same seed, gives the eager step's result."""
+    found = []
+    for each in (eager, replay):
+        torch.manual_seed(0)
+        found.append(each().clone())
+    return relative(found[1], found[0]) <= 3 * statistics.median(judge.own.values()) + judge.eps
 
 
 def _placed(model: nn.Module, device: torch.device, precision: str, dtype: torch.dtype | None = None) -> nn.Module:

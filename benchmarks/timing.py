@@ -4,11 +4,12 @@ On a GPU a call is timed by events, from an idle device to the end of its last k
 costs. `captured` takes the launches out: many calls in one CUDA graph.
 """
 
+import contextlib
 import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -115,6 +116,21 @@ def paired(
     return {name: Samples(values) for name, values in samples.items()}
 
 
+@contextlib.contextmanager
+def refusing_to_wait() -> Iterator[None]:
+    """Inside, an operation that makes the host wait for the GPU raises.
+
+    Before a capture and not in it: a capture that fails of it leaves PyTorch's generator in capture mode, and every
+    random number drawn on the GPU afterwards is then an error.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
 class Captured:
     """Calls 0 ... count-1 of a function as one CUDA graph, all results alive, so that each call writes memory of its
     own.
@@ -130,8 +146,10 @@ class Captured:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # compile, allocate, choose algorithms: nothing of it may happen in a capture
-            for i in range(min(2, count)):
-                call(i, before(i)) if before else call(i)
+            for turn in range(2):
+                i = turn % count
+                with refusing_to_wait() if turn else contextlib.nullcontext():  # to compile may wait
+                    call(i, before(i)) if before else call(i)
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         self.graph, self.first, made = torch.cuda.CUDAGraph(), None, []

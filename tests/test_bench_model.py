@@ -118,6 +118,15 @@ def test_a_compiled_step_is_held_against_its_eager_one(judge, stock):
     assert not same_as_eager(eager, reading(FINE_TUNE, stock, inputs, autocast, seed=1), judge)  # other drop path
 
 
+def test_a_replayed_step_is_held_against_its_eager_one(judge):
+    def draw():
+        return 1 + torch.rand(1)
+
+    stale = 1 + torch.zeros(1)
+    assert stepping.replays(draw, draw, judge)
+    assert not stepping.replays(lambda: stale, draw, judge)
+
+
 def test_failures_are_rows_and_the_others_go_on(monkeypatch):
     def fails(workload, size):
         raise torch.OutOfMemoryError("no room")

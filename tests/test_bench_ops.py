@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import measured, ops, spots, timing, trial
+from benchmarks import machine, measured, ops, spots, timing, trial
 from benchmarks.trial import Case
 
 CPU = torch.device("cpu")
@@ -198,3 +198,15 @@ def test_a_second_run_keeps_the_tables_that_it_does_not_measure(monkeypatch, tmp
     assert len(again) == 5
     assert again[0]["case"] == "earlier"
     assert len(run("another")) == 4  # numbers of another commit are not mixed in
+
+
+def test_tf32_by_a_switch_that_torch_compile_can_read():
+    """Red with `torch.backends.cuda.matmul.fp32_precision = "tf32"`, after which the older switch raises."""
+    try:
+        for allowed in (True, False):
+            machine.allow_tf32(allowed)
+            assert torch.backends.cuda.matmul.allow_tf32 is allowed
+            assert torch.backends.cuda.matmul.fp32_precision == ("tf32" if allowed else "ieee")
+            assert torch.get_float32_matmul_precision() == ("high" if allowed else "highest")
+    finally:
+        machine.allow_tf32(False)
