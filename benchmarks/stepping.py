@@ -41,8 +41,13 @@ def measure(workload: Workload, entries: list[Entry], device: torch.device, prec
     """
     # So that a compiled model's random draws are the eager one's; what they cost is lost in a step.
     torch._inductor.config.fallback_random = True
-    judge = _judge(workload, device, precision)
-    inputs = _cast(workload.inputs(device, workload.batch, workload.size), precision)
+    try:
+        judge = _judge(workload, device, precision)
+        inputs = _cast(workload.inputs(device, workload.batch, workload.size), precision)
+    except Exception as error:  # without stock there is nothing to compare with, and no time for anybody
+        for entry in entries:
+            entry.error = f"no stock to compare with: {_reason(error)}"
+        return [_row(workload, entry) for entry in entries]
     for entry in entries:
         _attempt(entry, lambda entry=entry: _prepare(entry, workload, inputs, device, precision, judge))
         _settle(device)
@@ -186,13 +191,17 @@ def _attempt(entry: Entry, action: Callable) -> None:
     """Do it; a failure becomes the entry's own, because the other candidates still have something to say."""
     try:
         action()
-    except rivals.Absent as error:
-        entry.error, entry.run = str(error), None
-    except torch.OutOfMemoryError:
-        entry.error, entry.run = "out of memory", None
     except Exception as error:  # whatever a compiler, a rival or a capture may raise: it is the row's result
-        text = str(error).strip().partition("\n")[0]
-        entry.error, entry.run = f"{type(error).__name__}: {text[:200]}", None
+        entry.error, entry.run = _reason(error), None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, rivals.Absent):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text[:200]}"
 
 
 def _row(workload: Workload, entry: Entry) -> dict:

@@ -141,6 +141,17 @@ def test_failures_are_rows_and_the_others_go_on(monkeypatch):
     assert rows[2]["ms"] > 0
 
 
+def test_without_stock_every_candidate_is_a_row_that_says_so(monkeypatch):
+    def absent(workload, size):
+        raise rivals.Absent("the package sam2 is not installed")
+
+    monkeypatch.setattr(rivals, "stock", absent)
+    rows = measure(INFERENCE, [Entry("stock", "eager"), Entry("accelerated", "eager")], CPU, "fp32", 1)
+    assert {row["error"] for row in rows} == {"no stock to compare with: the package sam2 is not installed"}
+    assert all(row["ms"] is None for row in rows)
+    assert "not installed" in command.table([row | {"dtype": "float32"} for row in rows])
+
+
 def test_a_red_candidate_has_no_time(monkeypatch):
     def halved(workload, size):
         model = rivals.stock(workload, size)
