@@ -106,8 +106,11 @@ def planned(options: argparse.Namespace, scratch: Path) -> list[Step]:
     steps.append(Step("ops", "eager rivals", [*ops, "--compile", "0"], 25, 130, OPS))
     steps += [step for step in tests if not step.about]
     model = [python, "-m", "benchmarks.model", "--json", str(out / "model.json"), *commit]
-    steps.append(Step("model", "model", model, 30, 200))
+    steps.append(Step("model", "eager rivals", [*model, "--modes", "eager", "cuda-graph"], 30, 200))
+    # Compilers take minutes for a model: the one case that matters most, whole, once everything else is known.
+    compiled = [*model, "--update", "--only", "hiera_base_224 fine-tune b128"]
     steps.append(Step("ops", "compiled rivals", [*ops, "--compile", "1", "--update", "--first", "1"], 40, 120, OPS))
+    steps.append(Step("model", "compiled rivals", compiled, 90, 400))
     # Classification is augmented by kornia.
     curves = [] if importlib.util.find_spec("kornia") else ["--objectives", "mae"]
     curves += ["--json", str(out / "convergence.json"), "--plot", str(out / "convergence.png")]

@@ -68,6 +68,14 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def _kept(path: Path, about: dict) -> list[dict]:
+    """The rows of an earlier run of the same commit; those of another are not shown beside new ones."""
+    if not path.exists():
+        return []
+    content = json.loads(path.read_text())
+    return content["results"] if content["environment"]["commit"] == about["commit"] else []
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -82,8 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's own choice)")
     parser.add_argument("--rounds", type=int, help="steps of each candidate (default: 20 on a GPU, 5 on a CPU)")
-    parser.add_argument("--seconds-budget", type=float, default=float("inf"), help="start no workload after so long")
+    parser.add_argument("--seconds-budget", type=float, default=float("inf"), help="set nothing up after so long")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number to FILE as well")
+    parser.add_argument("--update", action="store_true", help="keep what FILE has of other workloads and precisions")
     parser.add_argument("--commit", help="what is measured, where the checkout cannot tell (default: git's answer)")
     return parser
 
@@ -106,19 +115,23 @@ def main(arguments: list[str] | None = None) -> int:
     about = environment(device) | {"commit": options.commit or current_commit()}
     print("  ".join(f"{key} {value}" for key, value in about.items()), flush=True)
 
+    kept = _kept(options.json, about) if options.update and options.json else []
     started, results, left_out = time.perf_counter(), [], []
     for workload in tqdm(workloads, unit="workload", disable=not sys.stderr.isatty()):
         if time.perf_counter() - started > options.seconds_budget:
             left_out.append(workload.name)
             continue
-        rows = measure(workload, entries_for(workload, device, options), device, options.precision, options.rounds)
+        entries, deadline = entries_for(workload, device, options), started + options.seconds_budget
+        rows = measure(workload, entries, device, options.precision, options.rounds, deadline)
         for row in rows:
             row["dtype"] = PRECISIONS[options.precision]
         results += rows
         tqdm.write("\n" + table(rows))
         if options.json:
             options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps({"environment": about, "results": results}, indent=1) + "\n")
+            new = {(row["case"], row["dtype"]) for row in results}
+            shown = [row for row in kept if (row["case"], row["dtype"]) not in new] + results
+            options.json.write_text(json.dumps({"environment": about, "results": shown}, indent=1) + "\n")
     if left_out:
         print(f"did not fit into {options.seconds_budget:.0f} s: {', '.join(left_out)}")
     return int(any(row["parity"] == "red" for row in results))

@@ -34,10 +34,18 @@ class Entry:
     seconds: list[float] = field(default_factory=list)
 
 
-def measure(workload: Workload, entries: list[Entry], device: torch.device, precision: str, rounds: int) -> list[dict]:
+def measure(
+    workload: Workload,
+    entries: list[Entry],
+    device: torch.device,
+    precision: str,
+    rounds: int,
+    deadline: float = float("inf"),
+) -> list[dict]:
     """The rows of one workload (schema: results/README.md), but for `dtype`.
 
-    A candidate that cannot be built, runs out of memory or fails is a row that says so; the others go on.
+    A candidate that cannot be built, runs out of memory or fails is a row that says so; the others go on. None is set
+    up after the deadline, a time of `time.perf_counter()`: those that are set up by then are timed.
     """
     # So that a compiled model's random draws are the eager one's; what they cost is lost in a step.
     torch._inductor.config.fallback_random = True
@@ -49,6 +57,9 @@ def measure(workload: Workload, entries: list[Entry], device: torch.device, prec
             entry.error = f"no stock to compare with: {_reason(error)}"
         return [_row(workload, entry) for entry in entries]
     for entry in entries:
+        if time.perf_counter() > deadline:
+            entry.error = "no time was left"
+            continue
         _attempt(entry, lambda entry=entry: _prepare(entry, workload, inputs, device, precision, judge))
         _settle(device)
     order = random.Random(0)

@@ -46,6 +46,24 @@ def test_the_command_times_what_it_found_equal(tmp_path, capsys):
     assert "x best peer" in capsys.readouterr().out
 
 
+def test_what_is_measured_anew_replaces_its_workload_only(tmp_path):
+    path = tmp_path / "model.json"
+    settings = ["--quick", "--candidates", "stock", "--rounds", "1", "--json", str(path), "--commit", "f" * 40]
+    command.main([*settings, "--only", "inference"])
+    command.main([*settings, "--only", "mae", "--update"])
+    command.main([*settings, "--only", "mae", "--update"])
+    cases = [row["case"] for row in json.loads(path.read_text())["results"]]
+    assert cases == ["hiera_mini_128 inference b16", "mae_hiera_mini_128 mae b8"]
+    command.main([*settings, "--only", "mae", "--update", "--commit", "a" * 40])
+    assert [row["case"] for row in json.loads(path.read_text())["results"]] == ["mae_hiera_mini_128 mae b8"]
+
+
+def test_nothing_is_set_up_after_the_deadline():
+    tiny = Workload("inference", "hiera_mini_128", 2, (128, 128))
+    rows = measure(tiny, [Entry("stock", "eager")], CPU, "fp32", 1, deadline=0.0)
+    assert (rows[0]["error"], rows[0]["ms"]) == ("no time was left", None)
+
+
 def test_an_unknown_workload_is_an_error_that_lists_them(capsys):
     with pytest.raises(SystemExit):
         command.main(["--quick", "--only", "no such thing"])
