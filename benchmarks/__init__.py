@@ -1,1 +1,1 @@
-"""Micro-benchmarks of the ops and, later, of whole training steps."""
+"""Benchmarks: single ops, whole training steps, a step counted without a GPU, convergence, and the report of them all."""
