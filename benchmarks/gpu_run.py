@@ -1,4 +1,4 @@
-"""The GPU session: build, parity, sanitizer, speed, tuning, in the order of importance and inside a time budget.
+"""The GPU run: build, parity, sanitizer, speed, tuning, in the order of importance and inside a time budget.
 
     bash benchmarks/gpu.sh [OUT_DIR]              # the shell script sets the paths and starts this
     bash benchmarks/gpu.sh --dry-run              # print every step and check that it could start; no GPU needed
@@ -28,7 +28,7 @@ from benchmarks.gpu_steps import OPS, ROOT, STEPS, Step, dry_run, planned
 LAST_LINES = 25
 
 
-class Session:
+class GpuRun:
     """Runs steps, one after another, and remembers what was red."""
 
     def __init__(self, options: argparse.Namespace, steps: list[Step]):
@@ -209,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the session."""
+    """Run what the command line asks for."""
     options = _parser().parse_args(arguments)
     if options.workers is None:
         options.workers = 6 if importlib.util.find_spec("xdist") else 0
@@ -229,7 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.commit:
             sys.exit("no commit is known here, and numbers without one are worth nothing: COMMIT=... names it")
         options.out = (options.out or default_out()).resolve()
-        return Session(options, planned(options, Path(scratch))).run()
+        return GpuRun(options, planned(options, Path(scratch))).run()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The steps of the GPU session (gpu_run.py): their commands, their order, what each needs and what it is about."""
+"""The steps of the GPU run (gpu_run.py): their commands, their order, what each needs and what it is about."""
 
 import argparse
 import ast
@@ -141,7 +141,7 @@ def unresolved(step: Step) -> list[str]:
     if module is None:
         return problems
     words = command[command.index(module) + 1 :]
-    late = ["--seconds-budget", "1"] if step.kind in ("ops", "model", "tune") else []  # what Session.adapted adds
+    late = ["--seconds-budget", "1"] if step.kind in ("ops", "model", "tune") else []  # what GpuRun.adapted adds
     try:
         loaded = importlib.import_module("benchmarks.tune" if "--tune" in words else module)
         loaded._parser().parse_args(words + late)

@@ -1,4 +1,4 @@
-"""The GPU session without a GPU: every step could start; red stops what it must and nothing else; nothing hangs."""
+"""The GPU run without a GPU: every step could start; red stops what it must and nothing else; nothing hangs."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_run, gpu_steps
-from benchmarks.gpu_run import Session
+from benchmarks.gpu_run import GpuRun
 from benchmarks.gpu_steps import Step
 
 ROOT = Path(__file__).parent.parent
@@ -84,7 +84,7 @@ def session(tmp_path, monkeypatch):
 
     def run(*steps, budget=60.0):
         options = gpu_run._parser().parse_args([str(tmp_path), "--budget", str(budget)])
-        code = Session(options, list(steps)).run()
+        code = GpuRun(options, list(steps)).run()
         content = json.loads((tmp_path / "summary.json").read_text())
         return code, {entry["name"]: entry for entry in content["steps"]}, content
 
